@@ -1,0 +1,7 @@
+"""Drop-in recurrent layers for PyTorch whose time loop is one fused sweep, forward and backward."""
+
+from fused_rnn._version import __version__
+from fused_rnn.fuse import fuse, unfuse
+from fused_rnn.layers import FusedGRU, FusedLSTM, FusedRNN
+
+__all__ = ["FusedGRU", "FusedLSTM", "FusedRNN", "__version__", "fuse", "unfuse"]

@@ -1,0 +1,72 @@
+"""The autograd function of one layer: it saves, restores, and hands over to an engine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn import reference
+from fused_rnn.problem import Engine, Grads, Layer, Outputs, Saved
+
+
+class LayerFunction(torch.autograd.Function):
+    """One recurrent layer, all directions: ``apply(engine, layer, x, h0, c0, *weights)``."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, layer: Layer, *inputs: Tensor | None) -> Outputs:
+        """Run the engine's forward and keep what its backward asks for."""
+        outputs, saved = engine.forward(layer, inputs, save=True)
+        ctx.engine, ctx.layer, ctx.count = engine, layer, len(inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *outputs, *saved)
+        return outputs
+
+    @staticmethod
+    def backward(
+        ctx: Any, dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of all inputs; differentiable themselves under ``create_graph=True``."""
+        engine: Engine = ctx.engine
+        layer: Layer = ctx.layer
+        inputs, rest = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        grads, needs = (dout, dh_n, dc_n), ctx.needs_input_grad[2:]
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled():
+            return None, None, *_differentiable(layer, inputs, grads, needs)
+        found = engine.backward(layer, inputs, Outputs(*rest[:3]), rest[3:], grads, needs)
+        return None, None, *found
+
+
+def _differentiable(
+    layer: Layer, inputs: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> Grads:
+    """The same gradients through the eager loop, so that they can be differentiated again."""
+    # An own node for each input: one tensor may stand in two places (tied weights), and the
+    # gradient of the one must not hold the other's, too.
+    inputs = tuple(t if t is None else t.view_as(t) for t in inputs)
+    x, h0, c0, *weights = inputs
+    assert x is not None
+    assert h0 is not None
+    outputs = reference.forward(layer, x, h0, c0, *weights)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if need else None for need in needs)
+
+
+def run(engine: Engine, layer: Layer, inputs: Saved) -> Outputs:
+    """Run ``engine``, through autograd if a gradient may be asked for."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return Outputs(*LayerFunction.apply(engine, layer, *inputs))
+    outputs, _ = engine.forward(layer, inputs, save=False)
+    return outputs

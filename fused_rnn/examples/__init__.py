@@ -1,0 +1,1 @@
+"""Examples to run: `python -m fused_rnn.examples.textgen` and `... .forecast`, each with --help."""

@@ -1,0 +1,62 @@
+"""One recurrent layer as a function of tensors, whichever backend runs it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_rnn import autograd, dispatch, reference
+from fused_rnn.cells import Cell
+from fused_rnn.dispatch import Backend
+from fused_rnn.problem import Layer, Outputs, Weights
+from fused_rnn.rows import Rows
+
+
+def rnn_layer(
+    cell: Cell,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Weights],
+    rows: Rows,
+    backend: Backend = "auto",
+) -> Outputs:
+    """Run one recurrent layer over a batch of sequences.
+
+    Under autocast everything is computed in the autocast dtype, as ``nn.LSTM`` does on a GPU.
+
+    Args:
+        cell: one of :mod:`fused_rnn.cells`.
+        x: input rows [N, I] in order of time, see :class:`fused_rnn.rows.Rows`.
+        h0: initial hidden state [D, B, R], with R the projection size or else H.
+        c0: initial cell state [D, B, H], or None for a cell without one.
+        weights: parameters of each of the D directions; the second one sweeps in reverse.
+        rows: where the rows of each time step lie.
+        backend: "auto", "triton", "cpu" or "eager".
+
+    Returns:
+        out [N, D*R], h_n [D, B, R] and c_n [D, B, H] or None
+
+    Raises:
+        RuntimeError: ``backend`` cannot run this layer.
+        ValueError: ``backend`` is not a backend's name.
+    """
+    layer = Layer(cell, rows, len(weights))
+    inputs = (x, h0, c0, *(p for w in weights for p in w))
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        inputs = tuple(t if t is None else t.to(dtype) for t in inputs)
+        with torch.autocast(kind, enabled=False):
+            return _run(layer, inputs, backend)
+    return _run(layer, inputs, backend)
+
+
+def _run(layer: Layer, inputs: tuple[Tensor | None, ...], backend: Backend) -> Outputs:
+    choice = dispatch.choose(layer, inputs, backend)
+    if choice.engine is not None:
+        return autograd.run(choice.engine, layer, inputs)
+    x, h0, c0, *flat = inputs
+    assert x is not None
+    assert h0 is not None
+    return reference.forward(layer, x, h0, c0, *flat)

@@ -1,0 +1,137 @@
+"""PyTorch's own fused CPU LSTM (oneDNN) as an engine, for the shapes where it is the faster one."""
+
+import torch
+from torch import Tensor
+
+from fused_rnn.problem import Grads, Layer, Outputs, Saved
+
+_LSTM = 2  # torch's number for the cell
+
+
+def why_not(layer: Layer, inputs: Saved) -> str | None:
+    """Why oneDNN cannot run this layer, or None if it can."""
+    x = inputs[0]
+    assert x is not None
+    if layer.cell.name != "lstm":
+        return "it has no such cell"
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return "torch.backends.mkldnn is off"
+    if x.dtype != torch.float32:
+        return f"it is used for float32, not {x.dtype}"
+    if layer.rows.batch_sizes is not None:
+        return "the sequences differ in length"
+    if any(w.w_hr is not None for w in layer.unflatten(inputs[3:])):
+        return "it has no projection"
+    return None
+
+
+def forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
+    """See :class:`fused_rnn.problem.Engine`."""
+    if not save:
+        return _forward(layer, inputs, save)
+    # The op keeps its workspace only where gradients are recorded, so it must believe that they
+    # are; detached inputs make sure that nothing is.
+    with torch.enable_grad():
+        return _forward(layer, tuple(None if t is None else t.detach() for t in inputs), save)
+
+
+def _forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
+    x, h0, c0, *flat = inputs
+    assert x is not None
+    assert h0 is not None
+    assert c0 is not None
+    rows = layer.rows
+    steps = x.view(rows.T, rows.B, -1)
+    per_direction = []
+    saved: list[Tensor | None] = []
+    for d, w in enumerate(layer.unflatten(flat)):
+        bias = (w.b_ih, w.b_hh) if w.b_ih is not None else (_no_bias(w.w_hh), _no_bias(w.w_hh))
+        out, h_n, c_n, workspace = torch.ops.aten.mkldnn_rnn_layer(
+            steps,
+            w.w_ih,
+            w.w_hh,
+            *bias,
+            h0[d],
+            c0[d],
+            reverse=d == 1,
+            batch_sizes=[],
+            mode=_LSTM,
+            hidden_size=h0.shape[-1],
+            num_layers=1,
+            has_biases=w.b_ih is not None,
+            bidirectional=False,
+            batch_first=False,
+            train=save,
+        )
+        per_direction.append((out, h_n, c_n))
+        if save:
+            # The op's own backward wants its own output tensor back; one direction has it as `out`.
+            saved += [workspace, *([out] if layer.directions > 1 else [None])]
+    outs, h_ns, c_ns = zip(*per_direction, strict=True)
+    if layer.directions == 1:
+        return Outputs(outs[0].view(rows.N, -1), h_ns[0][None], c_ns[0][None]), tuple(saved)
+    out = torch.cat(outs, dim=-1).view(rows.N, -1)
+    return Outputs(out, torch.stack(h_ns), torch.stack(c_ns)), tuple(saved)
+
+
+def backward(
+    layer: Layer,
+    inputs: Saved,
+    outputs: Outputs,
+    saved: Saved,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    needs: tuple[bool, ...],
+) -> Grads:
+    """See :class:`fused_rnn.problem.Engine`."""
+    x, h0, c0, *flat = inputs
+    dout, dh_n, dc_n = grads
+    assert x is not None
+    assert h0 is not None
+    assert c0 is not None
+    assert outputs.c_n is not None
+    rows, H = layer.rows, h0.shape[-1]
+    dx: Tensor | None = None
+    dh0, dc0 = [], []
+    dflat: list[Tensor | None] = []
+    for d, w in enumerate(layer.unflatten(flat)):
+        workspace, out = saved[2 * d : 2 * d + 2]
+        bias = (w.b_ih, w.b_hh) if w.b_ih is not None else (_no_bias(w.w_hh), _no_bias(w.w_hh))
+        step_grad = None
+        if dout is not None:
+            step_grad = dout[:, d * H : (d + 1) * H].reshape(rows.T, rows.B, H)
+        dx_d, dw_ih, dw_hh, db_ih, db_hh, dh, dc = torch.ops.aten.mkldnn_rnn_layer_backward(
+            x.view(rows.T, rows.B, -1),
+            w.w_ih,
+            w.w_hh,
+            *bias,
+            h0[d],
+            c0[d],
+            outputs.out.view(rows.T, rows.B, -1) if out is None else out,
+            outputs.h_n[d],
+            outputs.c_n[d],
+            step_grad,
+            None if dh_n is None else dh_n[d].contiguous(),
+            None if dc_n is None else dc_n[d].contiguous(),
+            reverse=d == 1,
+            mode=_LSTM,
+            hidden_size=H,
+            num_layers=1,
+            has_biases=w.b_ih is not None,
+            train=True,
+            bidirectional=False,
+            batch_sizes=[],
+            batch_first=False,
+            workspace=workspace,
+        )
+        dx = dx_d if dx is None else dx.add_(dx_d)
+        dh0.append(dh)
+        dc0.append(dc)
+        biases = (db_ih, db_hh) if w.b_ih is not None else (None, None)
+        dflat += [dw_ih, dw_hh, *biases, None]
+    assert dx is not None
+    result = (dx.reshape(rows.N, -1), torch.stack(dh0), torch.stack(dc0), *dflat)
+    return tuple(g if need else None for g, need in zip(result, needs, strict=True))
+
+
+def _no_bias(w_hh: Tensor) -> Tensor:
+    return w_hh.new_zeros(w_hh.shape[0])

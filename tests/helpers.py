@@ -1,0 +1,125 @@
+"""What the tests share: the cells, one comparison, the fp64 oracle, inputs of every kind."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import fused_rnn
+from fused_rnn.dispatch import Backend
+
+# name: (torch.nn's layer, ours, keyword arguments of both)
+LAYERS: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, Any]]] = {
+    "tanh": (nn.RNN, fused_rnn.FusedRNN, {}),
+    "relu": (nn.RNN, fused_rnn.FusedRNN, {"nonlinearity": "relu"}),
+    "gru": (nn.GRU, fused_rnn.FusedGRU, {}),
+    "lstm": (nn.LSTM, fused_rnn.FusedLSTM, {}),
+    "projected": (nn.LSTM, fused_rnn.FusedLSTM, {"proj_size": 1}),
+}
+every_layer = pytest.mark.parametrize("kind", LAYERS)
+every_backend = pytest.mark.parametrize("backend", ["cpu", "eager"])
+
+# Largest error and RMS error, both relative to the RMS of the reference: rounding of a value that
+# sums up to a few hundred products, through up to some dozens of steps.
+TOLERANCE = {
+    torch.float64: (1e-11, 1e-12),
+    torch.float32: (2e-5, 2e-6),
+    torch.bfloat16: (4e-2, 8e-3),
+    torch.float16: (5e-3, 1e-3),
+}
+
+
+def assert_close(
+    found: Tensor, expected: Tensor, name: str, dtype: torch.dtype | None = None
+) -> None:
+    """Same shape, nothing non-finite, and errors within the tolerance of ``dtype``.
+
+    Errors are relative to the RMS of the reference, or to 0.1 where that is smaller: gates and
+    states are of order one, and a small sum of theirs has their absolute error.
+    """
+    assert found.shape == expected.shape, f"{name}: {found.shape} instead of {expected.shape}"
+    assert torch.isfinite(found).all(), f"{name} is not finite"
+    largest, rms = TOLERANCE[dtype or found.dtype]
+    error, scale = found.double() - expected.double(), expected.double()
+    floor = max(scale.square().mean().sqrt().item(), 0.1)
+    assert error.abs().max() <= largest * floor, f"{name}: largest error {error.abs().max():.2e}"
+    root = error.square().mean().sqrt()
+    assert root <= rms * floor, f"{name}: RMS error {root:.2e} of {floor:.2e}"
+
+
+def twins(
+    kind: str, *args: Any, backend: Backend = "auto", **kwargs: Any
+) -> tuple[nn.Module, nn.Module]:
+    """torch.nn's layer and ours with the same parameters."""
+    theirs, ours, extra = LAYERS[kind]
+    plain = theirs(*args, **extra, **kwargs)
+    fused = ours(*args, **extra, **kwargs, backend=backend)
+    fused.load_state_dict(plain.state_dict())
+    return plain, fused
+
+
+def states(layer: nn.Module, batch: int | None) -> tuple[Tensor, ...]:
+    """Random initial states, without a batch axis where ``batch`` is None."""
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    widths = [layer.proj_size or layer.hidden_size]
+    if isinstance(layer, (nn.LSTM, fused_rnn.FusedLSTM)):
+        widths.append(layer.hidden_size)
+    like = layer.weight_ih_l0
+    middle = () if batch is None else (batch,)
+    return tuple(torch.randn(count, *middle, w, dtype=like.dtype) for w in widths)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of a layer's result, in order: output, then final states."""
+    output, final = result
+    if isinstance(output, PackedSequence):
+        output = output.data
+    return [output, *(final if isinstance(final, tuple) else (final,))]
+
+
+def run(
+    layer: nn.Module,
+    xs: Sequence[Tensor],
+    hx: Sequence[Tensor] | None,
+    make: Callable[[list[Tensor]], Any] = lambda xs: xs[0],
+    gradients: bool = True,
+) -> dict[str, Tensor]:
+    """Outputs and, of a fixed random linear loss, the gradients of all inputs and parameters."""
+    xs = [x.detach().clone().requires_grad_(gradients) for x in xs]
+    hs = [h.detach().clone().requires_grad_(gradients) for h in hx or ()]
+    argument = None if hx is None else tuple(hs) if len(hs) == 2 else hs[0]
+    found = tensors(layer(make(list(xs)), argument))
+    results = dict(zip(("output", "h_n", "c_n"), found, strict=False))
+    if gradients:
+        generator = torch.Generator().manual_seed(7)
+        weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in found]
+        loss = sum((t.double() * w).sum() for t, w in zip(found, weights, strict=True))
+        assert isinstance(loss, Tensor)
+        names = [n for n, _ in layer.named_parameters()]
+        wanted = [*xs, *hs, *layer.parameters()]
+        labels = [f"d{i}" for i in range(len(xs))] + ["dh_0", "dc_0"][: len(hs)]
+        grads = torch.autograd.grad(loss, wanted)
+        results |= {f"grad {n}": g for n, g in zip(labels + names, grads, strict=True)}
+    return results
+
+
+def assert_same(
+    found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Every result close to its namesake."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert_close(value, expected[name], name, dtype)
+
+
+def sequences(lengths: Iterable[int], size: int, dtype: torch.dtype) -> list[Tensor]:
+    """Random sequences of these lengths."""
+    return [torch.randn(t, size, dtype=dtype) for t in lengths]
+
+
+def packer(enforce_sorted: bool) -> Callable[[list[Tensor]], PackedSequence]:
+    """Packs a list of sequences."""
+    return lambda xs: pack_sequence(xs, enforce_sorted=enforce_sorted)

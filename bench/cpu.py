@@ -39,7 +39,7 @@ class Row:
     cell: str
     T: int
     B: int
-    I: int  # noqa: E741 (the field's name)
+    I: int
     H: int
     dtype: str
     mode: str
@@ -94,7 +94,7 @@ def measure(
     cell: str, shape: tuple[int, int, int, int], dtype: str, backend: str, seconds: float
 ) -> list[Row]:
     """The training row and the forward row of one cell and shape."""
-    T, B, I, H = shape  # noqa: E741
+    T, B, I, H = shape
     theirs = CELLS[cell](I, H, dtype=DTYPES[dtype])
     ours = fused_rnn.fuse(CELLS[cell](I, H, dtype=DTYPES[dtype]), backend=backend)  # type: ignore[arg-type]
     x = torch.randn(T, B, I, dtype=DTYPES[dtype], requires_grad=True)

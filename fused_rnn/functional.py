@@ -43,13 +43,20 @@ def rnn_layer(
     """
     layer = Layer(cell, rows, len(weights))
     inputs = (x, h0, c0, *(p for w in weights for p in w))
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        inputs = tuple(t if t is None else t.to(dtype) for t in inputs)
-        with torch.autocast(kind, enabled=False):
-            return _run(layer, inputs, backend)
-    return _run(layer, inputs, backend)
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
+        return _run(layer, inputs, backend)
+    inputs = tuple(t if t is None else t.to(dtype) for t in inputs)
+    with torch.autocast(x.device.type, enabled=False):
+        return _run(layer, inputs, backend)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on ``device``, or None where it is off."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
 
 
 def _run(layer: Layer, inputs: tuple[Tensor | None, ...], backend: Backend) -> Outputs:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import cells
 from fused_rnn.cells import Cell
 from fused_rnn.dispatch import Backend, check_backend
-from fused_rnn.functional import rnn_layer
+from fused_rnn.functional import autocast_dtype, rnn_layer
 from fused_rnn.problem import Weights
 from fused_rnn.rows import Rows
 
@@ -53,6 +53,7 @@ class FusedRNNBase(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        self.dropout = float(dropout)
         _check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         check_backend(backend)
         self.mode = mode
@@ -61,7 +62,6 @@ class FusedRNNBase(nn.Module):
         self.num_layers = num_layers
         self.bias = bias
         self.batch_first = batch_first
-        self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.proj_size = proj_size
         self.backend = backend
@@ -147,7 +147,7 @@ class FusedRNNBase(nn.Module):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise torch.nn's error for an input [T, B, I] or packed [N, I] that does not fit."""
         weight = self.weight_ih_l0
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = autocast_dtype(input.device) is not None
         if input.dtype != weight.dtype and not autocast:
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -183,7 +183,7 @@ class FusedRNNBase(nn.Module):
     def _check_states(self, input: Tensor, states: States, B: int) -> None:
         names = ["hidden[0]", "hidden[1]"] if len(states) == 2 else ["hidden"]
         widths = [self.proj_size or self.hidden_size, self.hidden_size]
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = autocast_dtype(input.device) is not None
         for name, state, width in zip(names, states, widths, strict=False):
             expected = (self.num_layers * self._directions, B, width)
             self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")
@@ -232,7 +232,7 @@ class FusedRNNBase(nn.Module):
             return PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices), states
 
         if input.dim() not in (2, 3):
-            suffix = " tensor instead" if len(self._state_widths) == 1 else " instead"
+            suffix = " tensor instead" if isinstance(self, FusedRNN) else " instead"
             name = type(self).__name__.removeprefix("Fused")
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{suffix}")
         batched = input.dim() == 3

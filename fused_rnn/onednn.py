@@ -27,12 +27,15 @@ def why_not(layer: Layer, inputs: Saved) -> str | None:
 
 def forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
     """See :class:`fused_rnn.problem.Engine`."""
-    if not save:
-        return _forward(layer, inputs, save)
     # The op keeps its workspace only where gradients are recorded, so it must believe that they
     # are; detached inputs make sure that nothing is.
-    with torch.enable_grad():
-        return _forward(layer, tuple(None if t is None else t.detach() for t in inputs), save)
+    with torch.set_grad_enabled(save):
+        return _forward(layer, _plain(inputs), save)
+
+
+def _plain(tensors: Saved) -> Saved:
+    """Contiguous and detached: the op reads strided memory as if it were contiguous."""
+    return tuple(None if t is None else t.detach().contiguous() for t in tensors)
 
 
 def _forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
@@ -83,7 +86,7 @@ def backward(
     needs: tuple[bool, ...],
 ) -> Grads:
     """See :class:`fused_rnn.problem.Engine`."""
-    x, h0, c0, *flat = inputs
+    x, h0, c0, *flat = _plain(inputs)
     dout, dh_n, dc_n = grads
     assert x is not None
     assert h0 is not None

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_rnn.examples import forecast, textgen
+from fused_rnn.examples import forecast, language_model, textgen
 from fused_rnn.examples.corpus import (
     chunks,
     compressed_sizes,
@@ -87,7 +87,7 @@ def test_streams_continue_from_chunk_to_chunk(count: int, batch: int, length: in
 
 def test_training_passes_see_every_token() -> None:
     torch.manual_seed(0)
-    endless = textgen.batches(torch.arange(10), batch=1, chunk=4)
+    endless = language_model.batches(torch.arange(10), batch=1, chunk=4)
     passes = [next(endless) for _ in range(30)]
     seen = {int(token) for inputs, _, _ in passes for token in inputs}
     assert seen == set(range(10))
@@ -122,44 +122,50 @@ def test_compressors_know_the_training_text_and_count_characters() -> None:
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
-    assert textgen.probabilities(torch.tensor([0.1, 3.0, 2.9]), temperature=0).tolist() == [0, 1, 0]
+    assert language_model.probabilities(torch.tensor([0.1, 3.0, 2.9]), temperature=0).tolist() == [
+        0,
+        1,
+        0,
+    ]
 
 
 def test_temperature_sharpens_and_never_overflows() -> None:
     logits = torch.tensor([1.0, 2.0, 3.0])
-    torch.testing.assert_close(textgen.probabilities(logits), logits.softmax(0))
-    assert textgen.probabilities(logits, 0.5)[2] > logits.softmax(0)[2]
-    assert textgen.probabilities(logits, 1e-45).tolist() == [0, 0, 1]
+    torch.testing.assert_close(language_model.probabilities(logits), logits.softmax(0))
+    assert language_model.probabilities(logits, 0.5)[2] > logits.softmax(0)[2]
+    assert language_model.probabilities(logits, 1e-45).tolist() == [0, 0, 1]
 
 
 def test_top_k_restricts_the_support() -> None:
-    chances = textgen.probabilities(torch.tensor([4.0, 1.0, 3.0, 3.0, 3.0]), top_k=2)
+    chances = language_model.probabilities(torch.tensor([4.0, 1.0, 3.0, 3.0, 3.0]), top_k=2)
     assert (chances > 0).sum() == 2  # ties do not let a third one in
     assert chances[0] > 0
     assert chances.sum() == pytest.approx(1)
     logits = torch.tensor([1.0, 2.0])
-    torch.testing.assert_close(textgen.probabilities(logits, top_k=9), logits.softmax(0))
+    torch.testing.assert_close(language_model.probabilities(logits, top_k=9), logits.softmax(0))
 
 
 @pytest.mark.parametrize("temperature", [-1.0, math.nan, math.inf])
 def test_bad_temperature(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature"):
-        textgen.probabilities(torch.zeros(2), temperature)
+        language_model.probabilities(torch.zeros(2), temperature)
 
 
 def test_bad_top_k() -> None:
     with pytest.raises(ValueError, match="top_k"):
-        textgen.probabilities(torch.zeros(2), top_k=0)
+        language_model.probabilities(torch.zeros(2), top_k=0)
 
 
 # The model
 
 
-def tiny(level: str = "char") -> tuple[textgen.LanguageModel, Tokenizer, textgen.Config]:
+def tiny(
+    level: str = "char",
+) -> tuple[language_model.LanguageModel, Tokenizer, language_model.Config]:
     torch.manual_seed(0)
-    config = textgen.Config(level=level, hidden=8, embedding=4)
+    config = language_model.Config(level=level, hidden=8, embedding=4)
     tokenizer = Tokenizer.from_text(level, CAT_SAT.read_text())
-    return textgen.LanguageModel(config, len(tokenizer)), tokenizer, config
+    return language_model.LanguageModel(config, len(tokenizer)), tokenizer, config
 
 
 def test_same_seed_same_text() -> None:
@@ -167,7 +173,7 @@ def test_same_seed_same_text() -> None:
 
     def write(seed: int) -> str:
         generator = torch.Generator().manual_seed(seed)
-        return textgen.Writer(model, tokenizer, "The cat").write(50, generator=generator)
+        return language_model.Writer(model, tokenizer, "The cat").write(50, generator=generator)
 
     assert write(1) == write(1) != write(2)
     assert write(1).startswith("The cat")
@@ -178,7 +184,7 @@ def test_unknown_is_never_written() -> None:
     model, tokenizer, _ = tiny("word")
     with torch.no_grad():
         model.score.bias[0] = 100.0
-    writer = textgen.Writer(model, tokenizer)
+    writer = language_model.Writer(model, tokenizer)
     assert all(token != "<unk>" for token, _ in writer.predict(1000))
     assert "unk" not in writer.write(20)
 
@@ -186,15 +192,15 @@ def test_unknown_is_never_written() -> None:
 def test_evaluation_does_not_depend_on_the_chunk() -> None:
     model, tokenizer, _ = tiny()
     ids = tokenizer.encode(CAT_SAT.read_text())
-    whole = textgen.evaluate(model, ids, chunk=len(ids))
-    assert textgen.evaluate(model, ids, chunk=7) == pytest.approx(whole, rel=1e-5)
+    whole = language_model.evaluate(model, ids, chunk=len(ids))
+    assert language_model.evaluate(model, ids, chunk=7) == pytest.approx(whole, rel=1e-5)
     assert model.training
 
 
 def test_checkpoint_gives_the_same_predictions(tmp_path: Path) -> None:
     model, tokenizer, config = tiny()
-    textgen.save(tmp_path / "model.pt", model, tokenizer, config)
-    again, its_tokenizer, its_config = textgen.load(tmp_path / "model.pt")
+    language_model.save(tmp_path / "model.pt", model, tokenizer, config)
+    again, its_tokenizer, its_config = language_model.load(tmp_path / "model.pt")
     assert its_config == config
     assert its_tokenizer.vocabulary == tokenizer.vocabulary
     ids = tokenizer.encode("The cat sat").unsqueeze(1)
@@ -202,9 +208,9 @@ def test_checkpoint_gives_the_same_predictions(tmp_path: Path) -> None:
 
 
 def test_budget() -> None:
-    assert textgen.Budget(steps=10).spent(5, 1e9) == 0.5
-    assert textgen.Budget(seconds=10).spent(5, 20) == 2
-    assert textgen.Budget(steps=0).spent(0, 0) == 1
+    assert language_model.Budget(steps=10).spent(5, 1e9) == 0.5
+    assert language_model.Budget(seconds=10).spent(5, 20) == 2
+    assert language_model.Budget(steps=0).spent(0, 0) == 1
 
 
 # textgen from the command line
@@ -312,7 +318,7 @@ def test_textgen_refuses(
     Path("line.txt").write_text("a b " * 20)
     Path("strange.txt").write_text("a b\n" * 18 + "x y z xx")
     Path("latin.txt").write_bytes("Köln".encode("latin-1"))
-    textgen.save(Path("good.pt"), *tiny())
+    language_model.save(Path("good.pt"), *tiny())
     torch.save({"weights": {}}, "other.pt")
     with pytest.raises(SystemExit) as stop:
         textgen.main(flags)

@@ -1,0 +1,68 @@
+"""What is installed, and the benchmark's own arithmetic."""
+
+import doctest
+import importlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_rnn
+from bench import cpu as bench_cpu
+from fused_rnn import layers
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_kernels_inside_the_package(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path]
+    subprocess.run([*map(str, command), str(ROOT)], check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert fused_rnn.__version__ in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "fused_rnn/kernels/__init__.py" in names
+    assert "fused_rnn/examples/textgen.py" in names
+    assert "fused_rnn/py.typed" in names
+    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"fused_rnn"}
+
+
+def test_kernels_refuse_to_be_a_top_level_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    assert importlib.import_module("fused_rnn.kernels")
+    with pytest.raises(ImportError, match=r"import fused_rnn\.kernels"):
+        importlib.import_module("kernels")
+
+
+def test_docstring_examples() -> None:
+    results = doctest.testmod(layers, extraglobs={"torch": torch})
+    assert results.failed == 0
+    assert results.attempted > 0
+
+
+def test_benchmark_prints_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    argv = ["--shapes", "2,1,3,4", "--seconds", "0", "--threads", "1", "--json", str(path)]
+    threads = torch.get_num_threads()
+    assert bench_cpu.main(argv) == 0
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert printed.count("geometric mean") == 3
+    assert '"mode": "forward"' in path.read_text()
+
+
+def test_benchmark_counts_saved_bytes_once() -> None:
+    x = torch.randn(100, requires_grad=True)
+    assert bench_cpu.saved_bytes(lambda: x * x, set()) == 400
+    assert bench_cpu.saved_bytes(lambda: x * x, {x.untyped_storage().data_ptr()}) == 0
+    assert bench_cpu.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def test_benchmark_refuses_bad_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_cpu.main(["--shapes", "1,2,3"])
+    assert "four positive integers" in capsys.readouterr().err

@@ -77,26 +77,8 @@ class ElmanSweep:
         bias = dgates.sum(0) if needs[2] or needs[3] else None
         return (
             dgates.t() @ self.x if needs[0] else None,
-            self._recurrent_gradient(dgates) if needs[1] else None,
+            rows.recurrent_product(dgates, self.out, self.h0, self.reverse) if needs[1] else None,
             bias if needs[2] else None,
             bias if needs[3] else None,
             None,
         )
-
-    def _recurrent_gradient(self, dgates: Tensor) -> Tensor:
-        """``dgates^T h_prev``, [H, H]: every row with the row of the step before it."""
-        rows, B, out = self.layer.rows, self.layer.rows.B, self.out
-        if rows.batch_sizes is None:  # the rows lie side by side: no copy
-            first, rest, before = slice(None, B), slice(B, None), slice(None, rows.N - B)
-            if self.reverse:
-                first, rest, before = slice(rows.N - B, None), before, rest
-            return (dgates[rest].t() @ out[before]).addmm_(dgates[first].t(), self.h0)
-        steps = rows.split(out)
-        previous = []
-        for t, step in enumerate(steps):
-            n, before_t = step.shape[0], t + 1 if self.reverse else t - 1
-            known = steps[before_t][:n] if 0 <= before_t < rows.T else self.h0[:0]
-            previous.append(known)
-            if known.shape[0] < n:
-                previous.append(self.h0[known.shape[0] : n])
-        return dgates.t() @ torch.cat(previous)

@@ -49,26 +49,26 @@ class GatedSweep:
         """Write ``out``, ``h_n`` and ``c_n``.
 
         Returns:
-            with ``save`` the gates and the state (of the GRU h, of the LSTM c) of all steps
+            with ``save`` the gates and the state (of the GRU h, of the LSTM c) of all steps. With
+            ``recompute`` not the gates, nor h, which ``out`` holds
         """
         w, cell, H, R = self.w, self.cell, self.H, self.h0.shape[1]
         chunks = self.chunks()
         longest = max(c.steps * c.batch for c in chunks)
-        rows = self.layer.rows.N if save else longest
-        gates = self.x.new_empty(rows * 4 * H)
-        state = self.x.new_empty(rows * H)
+        save_gates = save and not self.layer.recompute
+        save_state = save and (save_gates or c_n is not None)
+        gates = self.x.new_empty((self.layer.rows.N if save_gates else longest) * 4 * H)
+        state = self.x.new_empty((self.layer.rows.N if save_state else longest) * H)
         scratch = self.x.new_empty(longest * max(w.w_ih.shape[0], R))
-        w_hh = cell.scale(w.w_hh)
-        w_hh = w_hh.roll(cell.roll * H, dims=0) if cell.roll else w_hh
-        w_ih, bias = cell.scale(w.w_ih), cell.bias(w)
+        w_ih, w_hh, bias = self._forward_weights()
         h_n.copy_(self.h0)
         if c_n is not None and self.c0 is not None:
             c_n.copy_(self.c0)
         for chunk in reversed(chunks) if self.reverse else chunks:
-            first, n = chunk.first if save else 0, chunk.batch
-            block = _block(gates, first, chunk, 4 * H)
+            n = chunk.batch
+            block = _block(gates, chunk.first if save_gates else 0, chunk, 4 * H)
             self._project(chunk, w_ih, bias, block, scratch)
-            state_seq = _block(state, first, chunk, H)
+            state_seq = _block(state, chunk.first if save_state else 0, chunk, H)
             # The LSTM's h is not kept: it passes through the scratch memory.
             h_seq = state_seq if c_n is None else _block(scratch, 0, chunk, R)
             views = [h_seq, state_seq, *(block[:, i * H : j * H] for i, j in cell.views)]
@@ -83,7 +83,14 @@ class GatedSweep:
             h_n[:n] = h.t()
             if c_n is not None and c is not None:
                 c_n[:n] = c.t()
-        return (gates, state) if save else ()
+        return (gates if save_gates else None, state if save_state else None)
+
+    def _forward_weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """w_ih, w_hh and the bias as the gate buffer wants them."""
+        cell, w = self.cell, self.w
+        w_hh = cell.scale(w.w_hh)
+        w_hh = w_hh.roll(cell.roll * self.H, dims=0) if cell.roll else w_hh
+        return cell.scale(w.w_ih), w_hh, cell.bias(w)
 
     def _project(
         self, chunk: Chunk, w_ih: Tensor, bias: Tensor | None, block: Tensor, scratch: Tensor
@@ -121,8 +128,6 @@ class GatedSweep:
         """
         w, cell, H, R = self.w, self.cell, self.H, self.h0.shape[1]
         gates, state = saved
-        assert gates is not None
-        assert state is not None
         chunks = self.chunks()
         longest = max(c.steps * c.batch for c in chunks)
         w_hh = w.w_hh.roll(cell.roll * H, dims=0) if cell.roll else w.w_hh
@@ -139,8 +144,17 @@ class GatedSweep:
             dout_t = None
             if dout is not None:
                 dout_t = _block(buffers[1], 0, chunk, R)
-                dout_t.copy_(dout[chunk.span].view(chunk.steps, chunk.batch, R).transpose(1, 2))
-            self._sweep(chunks, k, block, gates, state, dout_t, dh0, dc0, w_t, dw_hr)
+                dout_t.copy_(_transposed(dout[chunk.span], chunk))
+            h_prev = self._h_prev(chunks, k)
+            if gates is None:
+                activated = self._rebuild(chunk, h_prev)
+            else:
+                activated = _block(gates, chunk.first, chunk, 4 * H)
+            if state is None:
+                states = _transposed(self.out[chunk.span], chunk), _transposed(h_prev, chunk)
+            else:
+                states = _block(state, chunk.first, chunk, H), self._state_prev(chunks, k, state)
+            self._sweep(chunk, block, activated, states, dout_t, dh0, dc0, w_t, dw_hr)
             # Rows of gates, columns of (step, sequence): the operand of all three products.
             flat = buffers[1, : block.numel()].view(4 * H, chunk.steps * chunk.batch)
             flat.view(4 * H, chunk.steps, chunk.batch).copy_(block.transpose(0, 1))
@@ -151,7 +165,7 @@ class GatedSweep:
             if dw_ih is not None:
                 dw_ih.addmm_(dgx, self.x[chunk.span])
             if dw_hh is not None:
-                dw_hh.addmm_(dgh, self._h_prev(chunks, k))
+                dw_hh.addmm_(dgh, h_prev)
             if db_ih is not None:
                 db_ih += dgx.sum(1)
             if db_hh is not None:
@@ -163,27 +177,25 @@ class GatedSweep:
 
     def _sweep(
         self,
-        chunks: list[Chunk],
-        k: int,
+        chunk: Chunk,
         block: Tensor,
-        gates: Tensor,
-        state: Tensor,
+        activated: Tensor,
+        states: tuple[Tensor, Tensor],
         dout: Tensor | None,
         dh0: Tensor,
         dc0: Tensor | None,
         w_t: Tensor,
         dw_hr: Tensor | None,
     ) -> None:
-        """The steps of chunk ``k``.
+        """The steps of a chunk, from its gates and the states after and before each step.
 
         Fills ``block`` [steps, 4*H, n] with gate gradients, updates ``dh0`` and ``dc0``, and adds
         to ``dw_hr``.
         """
-        cell, H, chunk, w_hr = self.cell, self.H, chunks[k], self.w.w_hr
+        cell, H, w_hr = self.cell, self.H, self.w.w_hr
         shape = (chunk.steps, 4, H, chunk.batch)
-        dgates, activated = block.view(shape), _block(gates, chunk.first, chunk, 4 * H).view(shape)
-        now = _block(state, chunk.first, chunk, H)
-        coefficients = cell.coefficients(now, self._state_prev(chunks, k, state), activated, dgates)
+        dgates, activated = block.view(shape), activated.view(shape)
+        coefficients = cell.coefficients(*states, activated, dgates)
         recurrent = block[:, cell.h[0] * H : cell.h[1] * H]
         steps = [v.unbind(0) for v in (dgates, recurrent, *coefficients)]
         douts = None if dout is None else dout.unbind(0)
@@ -200,8 +212,20 @@ class GatedSweep:
         if dc0 is not None and dc is not None:
             dc0[: chunk.batch] = dc.t()
         if dw_hr is not None:
-            unprojected = torch.tanh(now).mul_(activated[:, 3])
+            unprojected = torch.tanh(states[0]).mul_(activated[:, 3])
             dw_hr += torch.einsum("trn,thn->rh", torch.stack(totals), unprojected)
+
+    def _rebuild(self, chunk: Chunk, h_prev: Tensor) -> Tensor:
+        """The gates of a chunk once more: every h is known, so one product does for all steps."""
+        w_ih, w_hh, bias = self._forward_weights()
+        size, H = chunk.steps * chunk.batch, self.H
+        block = _block(self.x.new_empty(size * 4 * H), 0, chunk, 4 * H)
+        self._project(chunk, w_ih, bias, block, self.x.new_empty(size * w_ih.shape[0]))
+        i, j = self.cell.h
+        w_all = w_hh.expand(chunk.steps, *w_hh.shape)
+        block[:, i * H : j * H] += torch.bmm(w_all, _transposed(h_prev, chunk))
+        self.cell.activate(*(block[:, i * H : j * H] for i, j in self.cell.views))
+        return block
 
     def _before(self, k: int) -> int:
         """The chunk that the forward sweep ran through before chunk ``k``."""
@@ -235,6 +259,11 @@ class GatedSweep:
             entry = torch.cat([entry, initial[entry.shape[1] : n].t()], dim=1)
         mine = _block(state, chunks[k].first, chunks[k], self.H)
         return torch.cat([mine[1:], entry[None]] if self.reverse else [entry[None], mine[:-1]])
+
+
+def _transposed(rows: Tensor, chunk: Chunk) -> Tensor:
+    """Rows [steps * batch, R] seen as [steps, R, batch]."""
+    return rows.view(chunk.steps, chunk.batch, -1).transpose(1, 2)
 
 
 def _block(buffer: Tensor, first: int, chunk: Chunk, width: int) -> Tensor:

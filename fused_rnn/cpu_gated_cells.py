@@ -35,6 +35,8 @@ class GatedCell:
         views: ranges of gates that ``step`` is handed.
         scale: prepares rows of weights or biases [G*H, ...] for the forward products.
         bias: what the gates start from, ``weights -> [slots*H]``, or None for zero.
+        activate: gates from what the products added up to, in place, ``(*views)``; of one step or
+            of many.
         step: one step, ``(w, w_hr, h, c, h_out, c_out, *views)`` with w [.., R]; writes the last.
         state: which state's sequence ``coefficients`` needs, 0 for h and 1 for c.
         coefficients: what the adjoint needs and the gradient does not change, for a whole chunk:
@@ -52,6 +54,7 @@ class GatedCell:
     views: tuple[Range, ...]
     scale: Callable[[Tensor], Tensor]
     bias: Callable[[Weights], Tensor | None]
+    activate: Callable[..., None]
     step: Callable[..., None]
     state: int
     coefficients: Callable[..., tuple[Tensor, ...]]
@@ -76,6 +79,11 @@ def _gru_bias(w: Weights) -> Tensor | None:
     return torch.cat([w.b_hh[2 * H :], w.b_ih[: 2 * H] + w.b_hh[: 2 * H], w.b_ih[2 * H :]])
 
 
+def _gru_activate(mrz: Tensor, rz: Tensor, m: Tensor, r: Tensor, z: Tensor, n: Tensor) -> None:
+    rz.sigmoid_()
+    n.addcmul_(r, m).tanh_()
+
+
 def _gru_step(
     w: Tensor,
     w_hr: None,
@@ -91,8 +99,7 @@ def _gru_step(
     n: Tensor,
 ) -> None:
     mrz.addmm_(w, h)
-    rz.sigmoid_()
-    n.addcmul_(r, m).tanh_()
+    _gru_activate(mrz, rz, m, r, z, n)
     torch.lerp(n, h, z, out=h_out)
 
 
@@ -129,6 +136,10 @@ def _double_candidate(rows: Tensor) -> Tensor:
 def _lstm_bias(w: Weights) -> Tensor | None:
     bias = _both_biases(w)
     return None if bias is None else _double_candidate(bias)
+
+
+def _lstm_activate(ifso: Tensor, i: Tensor, f: Tensor, s: Tensor, o: Tensor) -> None:
+    ifso.sigmoid_()
 
 
 def _lstm_step(
@@ -192,6 +203,7 @@ GATED_CELLS = {
         views=((0, 3), (1, 3), (0, 1), (1, 2), (2, 3), (3, 4)),
         scale=lambda w: w,
         bias=_gru_bias,
+        activate=_gru_activate,
         step=_gru_step,
         state=0,
         coefficients=_gru_coefficients,
@@ -205,6 +217,7 @@ GATED_CELLS = {
         views=((0, 4), (0, 1), (1, 2), (2, 3), (3, 4)),
         scale=_double_candidate,
         bias=_lstm_bias,
+        activate=_lstm_activate,
         step=_lstm_step,
         state=1,
         coefficients=_lstm_coefficients,

@@ -6,8 +6,10 @@ Nothing falls back silently: a forced backend that cannot run raises, and ``auto
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fused_rnn import cpu, onednn
-from fused_rnn.problem import Engine, Layer, Saved
+import torch
+
+from fused_rnn import cpu, onednn, triton_backend
+from fused_rnn.problem import Engine, Layer
 
 Backend = Literal["auto", "triton", "cpu", "eager"]
 
@@ -33,8 +35,15 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"Unknown backend '{backend}'. Select from {get_args(Backend)}.")
 
 
-def choose(layer: Layer, inputs: Saved, backend: Backend) -> Choice:
-    """Choose for this layer and these inputs.
+def choose(
+    layer: Layer,
+    device: torch.device,
+    dtype: torch.dtype,
+    H: int,
+    projected: bool,
+    backend: Backend,
+) -> Choice:
+    """Choose for one layer; it runs on ``device`` in ``dtype`` with ``H`` hidden units.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
@@ -42,25 +51,20 @@ def choose(layer: Layer, inputs: Saved, backend: Backend) -> Choice:
     """
     check_backend(backend)
     if backend == "eager":
-        return Choice("eager", None, "asked for")
-    x = inputs[0]
-    assert x is not None
+        return Choice("eager", None, "backend='eager' asks for it")
+    if backend == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"backend='cpu' needs tensors on the CPU, but the input is on {device}")
+    if device.type == "cpu" and backend != "triton":
+        refusal = onednn.why_not(layer, dtype, projected)
+        if refusal is None:
+            return Choice("cpu", onednn, "oneDNN's fused LSTM")
+        return Choice("cpu", cpu, f"sweeps of PyTorch calls; not oneDNN, since {refusal}")
+    plan = triton_backend.make_plan(layer, device, dtype, H, projected)
+    if not isinstance(plan, str):
+        return Choice("triton", triton_backend.TritonEngine(plan), f"persistent sweeps, {plan}")
     if backend == "triton":
         raise RuntimeError(
-            f"backend='triton' cannot run {layer.cell.name} with input {tuple(x.shape)} on "
-            f"{x.device}: this release has no Triton kernels yet; use backend='auto'"
+            f"backend='triton' cannot run {layer.cell.name} with hidden_size={H} in {dtype} on "
+            f"{device}: {plan}"
         )
-    if x.device.type == "cpu":
-        return _choose_cpu(layer, inputs)
-    if backend == "cpu":
-        raise RuntimeError(
-            f"backend='cpu' needs tensors on the CPU, but the input is on {x.device}"
-        )
-    return Choice("eager", None, f"this release has no fused kernels for {x.device.type} yet")
-
-
-def _choose_cpu(layer: Layer, inputs: Saved) -> Choice:
-    refusal = onednn.why_not(layer, inputs)
-    if refusal is None:
-        return Choice("cpu", onednn, "oneDNN's fused LSTM is the faster one here")
-    return Choice("cpu", cpu, f"PyTorch sweeps; not oneDNN: {refusal}")
+    return Choice("eager", None, f"no fused kernel: {plan}")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fused_rnn import autograd, dispatch, reference
 from fused_rnn.cells import Cell
@@ -20,6 +21,7 @@ def rnn_layer(
     weights: Sequence[Weights],
     rows: Rows,
     backend: Backend = "auto",
+    recompute: bool = False,
 ) -> Outputs:
     """Run one recurrent layer over a batch of sequences.
 
@@ -33,6 +35,7 @@ def rnn_layer(
         weights: parameters of each of the D directions; the second one sweeps in reverse.
         rows: where the rows of each time step lie.
         backend: "auto", "triton", "cpu" or "eager".
+        recompute: save only the states for backward and compute the gates a second time.
 
     Returns:
         out [N, D*R], h_n [D, B, R] and c_n [D, B, H] or None
@@ -41,7 +44,7 @@ def rnn_layer(
         RuntimeError: ``backend`` cannot run this layer.
         ValueError: ``backend`` is not a backend's name.
     """
-    layer = Layer(cell, rows, len(weights))
+    layer = Layer(cell, rows, len(weights), recompute)
     inputs = (x, h0, c0, *(p for w in weights for p in w))
     dtype = autocast_dtype(x.device)
     if dtype is None:
@@ -60,10 +63,15 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _run(layer: Layer, inputs: tuple[Tensor | None, ...], backend: Backend) -> Outputs:
-    choice = dispatch.choose(layer, inputs, backend)
-    if choice.engine is not None:
-        return autograd.run(choice.engine, layer, inputs)
     x, h0, c0, *flat = inputs
     assert x is not None
     assert h0 is not None
+    w = next(layer.unflatten(flat))
+    H = w.w_hh.shape[0] // layer.cell.gates
+    choice = dispatch.choose(layer, x.device, x.dtype, H, w.w_hr is not None, backend)
+    if choice.engine is not None:
+        return autograd.run(choice.engine, layer, inputs)
+    if layer.recompute:
+        found = checkpoint(reference.forward, layer, x, h0, c0, *flat, use_reentrant=False)
+        return Outputs(*found)
     return reference.forward(layer, x, h0, c0, *flat)

@@ -18,7 +18,7 @@ _TWINS: dict[type[nn.Module], type[nn.Module]] = {
 _CONFIG = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional")
 
 
-def fuse(model: nn.Module, *, backend: Backend = "auto") -> nn.Module:
+def fuse(model: nn.Module, *, backend: Backend = "auto", recompute: bool = False) -> nn.Module:
     """Swap every nn.RNN, nn.GRU and nn.LSTM in ``model`` for its fused twin, in place.
 
     The twins share the parameters themselves, so an optimizer that already holds them goes on
@@ -28,11 +28,12 @@ def fuse(model: nn.Module, *, backend: Backend = "auto") -> nn.Module:
     Args:
         model: any module.
         backend: the twins' backend.
+        recompute: the twins' ``recompute``.
 
     Returns:
         ``model``, or its twin where ``model`` itself is a recurrent layer
     """
-    return _swap(model, _TWINS, {"backend": backend})
+    return _swap(model, _TWINS, {"backend": backend, "recompute": recompute})
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -74,7 +75,7 @@ def _twin(layer: nn.Module, cls: type[nn.Module], extra: dict[str, Any]) -> nn.M
         setattr(twin, name, parameter)
     own = twin.__dict__
     private = {"_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights"}
-    private |= {"_parameters", "_modules", "backend"}
+    private |= {"_parameters", "_modules", "backend", "recompute"}
     own.update({k: v for k, v in layer.__dict__.items() if k not in private})
     if isinstance(twin, nn.RNNBase):
         twin.flatten_parameters()

@@ -35,6 +35,7 @@ class FusedRNNBase(nn.Module):
     bidirectional: bool
     proj_size: int
     backend: Backend
+    recompute: bool
 
     def __init__(
         self,
@@ -51,11 +52,14 @@ class FusedRNNBase(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         backend: Backend = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.dropout = float(dropout)
         _check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         check_backend(backend)
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
         self.mode = mode
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -65,6 +69,7 @@ class FusedRNNBase(nn.Module):
         self.bidirectional = bidirectional
         self.proj_size = proj_size
         self.backend = backend
+        self.recompute = recompute
 
         rows = self._cell.gates * hidden_size
         carried = proj_size or hidden_size
@@ -135,6 +140,7 @@ class FusedRNNBase(nn.Module):
             "dropout": 0,
             "bidirectional": False,
             "backend": "auto",
+            "recompute": False,
         }
         for name, default in defaults.items():
             value = getattr(self, name)
@@ -272,7 +278,8 @@ class FusedRNNBase(nn.Module):
             one = self.num_layers == 1
             mine = states if one else tuple(s[layer * D : (layer + 1) * D] for s in states)
             c0 = mine[1] if self._cell.has_c else None
-            out = rnn_layer(self._cell, x, mine[0], c0, self._weights(layer), rows, self.backend)
+            weights = self._weights(layer)
+            out = rnn_layer(self._cell, x, mine[0], c0, weights, rows, self.backend, self.recompute)
             x = out.out
             h_n.append(out.h_n)
             if out.c_n is not None:
@@ -293,6 +300,7 @@ class FusedRNN(FusedRNNBase):
         *args: as ``nn.RNN``.
         nonlinearity: "tanh" or "relu".
         backend: "auto", "triton", "cpu" or "eager".
+        recompute: save only h (and c) for backward and compute the gates a second time.
         **kwargs: as ``nn.RNN``.
 
     Inputs are ``input`` [T, B, I] ([B, T, I] with ``batch_first``, [T, I] unbatched, or a
@@ -337,6 +345,7 @@ class FusedGRU(FusedRNNBase):
     Args:
         *args: as ``nn.GRU``.
         backend: "auto", "triton", "cpu" or "eager".
+        recompute: save only h (and c) for backward and compute the gates a second time.
         **kwargs: as ``nn.GRU``.
 
     Shapes are those of :class:`FusedRNN`.
@@ -370,6 +379,7 @@ class FusedLSTM(FusedRNNBase):
         *args: as ``nn.LSTM``.
         proj_size: size R of the projected h, 0 for none (then R = H below).
         backend: "auto", "triton", "cpu" or "eager".
+        recompute: save only h (and c) for backward and compute the gates a second time.
         **kwargs: as ``nn.LSTM``.
 
     Inputs are ``input`` as for :class:`FusedRNN` and ``hx = (h_0 [L*D, B, R], c_0 [L*D, B, H])``;

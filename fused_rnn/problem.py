@@ -33,11 +33,15 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """What a backend must know of a layer beside its tensors."""
+    """What a backend must know of a layer beside its tensors.
+
+    With ``recompute`` only the states are saved for backward, not the gates.
+    """
 
     cell: Cell
     rows: Rows
     directions: int
+    recompute: bool = False
 
     def unflatten(self, flat: Sequence[Tensor | None]) -> Iterator[Weights]:
         """Group the parameters of all directions, as they pass through autograd, by direction."""

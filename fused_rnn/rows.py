@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +74,43 @@ class Rows:
                 first += steps * batch
                 left -= steps
 
+    def previous(self, state: Tensor, initial: Tensor, reverse: bool) -> Tensor:
+        """The state [N, H] that each row's step started from, as a copy.
+
+        Args:
+            state: state after each step, [N, H].
+            initial: state before the first step, [B, H].
+            reverse: whether the sweep runs from the last step to the first.
+        """
+        initial = initial.to(state.dtype)
+        if self.batch_sizes is None:
+            rest = state[self.B :] if reverse else state[: self.N - self.B]
+            return torch.cat([rest, initial] if reverse else [initial, rest])
+        index = self._index[2 if reverse else 1].to(state.device)
+        return torch.cat([initial, state]).index_select(0, index)
+
+    def recurrent_product(
+        self, dgates: Tensor, state: Tensor, initial: Tensor, reverse: bool
+    ) -> Tensor:
+        """``dgates^T previous``: the gradient [G, H] of weights that the previous state met."""
+        if self.batch_sizes is not None:
+            return dgates.t() @ self.previous(state, initial, reverse)
+        n = self.N - self.B  # the rows lie side by side: no copy
+        later, earlier = slice(self.B, None), slice(0, n)
+        first = slice(n, None) if reverse else slice(0, self.B)
+        rest, before = (earlier, later) if reverse else (later, earlier)
+        product = dgates[rest].t() @ state[before]
+        return product.addmm_(dgates[first].t(), initial.to(state.dtype))
+
+    def on(self, device: torch.device) -> Any:
+        """The same rows for the kernels, see :class:`fused_rnn.kernels.forward.Rows`."""
+        from fused_rnn.kernels.forward import Rows as KernelRows
+
+        offsets = None
+        if self.batch_sizes is not None:
+            offsets = torch.tensor([0, *accumulate(self.batch_sizes)]).to(device)
+        return KernelRows(self.T, self.B, self.N, offsets)
+
     def last(self, state: Tensor, reverse: bool) -> Tensor:
         """The state [B, H] after each sequence's final step of the sweep, as a copy.
 
@@ -83,8 +122,21 @@ class Rows:
             return state[: self.B].clone()
         if self.batch_sizes is None:
             return state[self.N - self.B :].clone()
+        return state.index_select(0, self._index[0].to(state.device))
+
+    @cached_property
+    def _index(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Each sequence's last row; and, for both directions, the row that came before each row.
+
+        The latter count the rows of ``cat([initial, state])``.
+        """
+        assert self.batch_sizes is not None
         sizes = torch.tensor(self.batch_sizes)
-        b = torch.arange(self.B)
-        length = (sizes[None, :] > b[:, None]).sum(1)
-        index = (sizes.cumsum(0) - sizes)[length - 1] + b
-        return state.index_select(0, index.to(state.device))
+        offsets = sizes.cumsum(0) - sizes
+        length = (sizes[None, :] > torch.arange(self.B)[:, None]).sum(1)
+        last = offsets[length - 1] + torch.arange(self.B)
+        t = torch.repeat_interleave(torch.arange(self.T), sizes)
+        b = torch.arange(self.N) - offsets[t]
+        before = torch.where(t > 0, self.B + offsets[t - 1] + b, b)
+        after = torch.where(t + 1 < length[b], self.B + offsets[(t + 1) % self.T] + b, b)
+        return last, before, after

@@ -7,9 +7,26 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    # Read when Triton is first imported: without a GPU its interpreter runs the kernels.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 settings.register_profile("default", deadline=None, derandomize=True)  # timing decides no test
 settings.load_profile("default")
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(
+    params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def triton_device(request: pytest.FixtureRequest) -> str:
+    """Where the kernels run: the CPU, by Triton's interpreter, or a GPU."""
+    device: str = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA or ROCm device")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET is not 1: with a GPU, the interpreter runs on demand only")
+    return device
 
 
 @pytest.fixture(autouse=True)

@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYERS, every_backend, every_layer, tensors, twins
+from helpers import LAYERS, every_layer, tensors, twins
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_rnn
 from fused_rnn import FusedGRU, FusedLSTM, FusedRNN, fuse, unfuse
-from fused_rnn.dispatch import Backend, choose
-from fused_rnn.problem import Layer
-from fused_rnn.rows import Rows
 
 ARGUMENTS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     ((3, 5), {}),
@@ -56,6 +53,12 @@ def test_backend_in_repr() -> None:
 
 def test_positional_nonlinearity() -> None:
     assert FusedRNN(3, 5, 1, "relu").nonlinearity == nn.RNN(3, 5, 1, "relu").nonlinearity == "relu"
+
+
+def test_recompute_argument() -> None:
+    assert repr(FusedGRU(1, 2, recompute=True)) == "FusedGRU(1, 2, recompute=True)"
+    with pytest.raises(TypeError, match="recompute should be of type bool, got: int"):
+        FusedGRU(1, 2, recompute=1)  # type: ignore[arg-type]
 
 
 def test_device_argument() -> None:
@@ -214,25 +217,6 @@ def test_state_of_another_type_or_device(kind: str) -> None:
 # ---- dispatch -----------------------------------------------------------------------------------
 
 
-@every_layer
-@every_backend
-def test_choice_says_why(kind: str, backend: Backend) -> None:
-    _, fused = twins(kind, 3, 5, backend=backend)
-    x, h = torch.randn(4, 3), torch.zeros(1, 2, 5)
-    layer = Layer(fused._cell, Rows(2, 2), 1)
-    inputs = (x, h, h if fused._cell.has_c else None, *fused._weights(0)[0])
-    choice = choose(layer, inputs, backend)
-    assert choice.backend == backend
-    assert choice.reason
-    with pytest.raises(ValueError, match="Unknown backend"):
-        choose(layer, inputs, "gpu")  # type: ignore[arg-type]
-
-
-def test_triton_is_refused_where_it_cannot_run() -> None:
-    with pytest.raises(RuntimeError, match="backend='triton' cannot run gru"):
-        FusedGRU(3, 5, backend="triton")(torch.randn(4, 2, 3))
-
-
 def test_cpu_is_refused_elsewhere() -> None:
     layer = FusedGRU(3, 5, backend="cpu", device="meta")
     with pytest.raises(RuntimeError, match="needs tensors on the CPU, but the input is on meta"):
@@ -347,6 +331,7 @@ def test_public_names() -> None:
         "FusedLSTM",
         "FusedRNN",
         "__version__",
+        "explain",
         "fuse",
         "unfuse",
     ]

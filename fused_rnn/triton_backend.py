@@ -1,0 +1,312 @@
+"""The Triton engine: one matrix product before the forward sweep, one per gradient after the other.
+
+    x ── x @ W_ih^T + b ──► gates [D, N, H, S] ── forward sweep ──► out, c, gates (overwritten)
+    dout ── reverse sweep ──► dgates [D, N, H, S] ── dgates^T h_prev, dgates^T x, dgates W_ih
+
+A gate buffer holds the S gate slots of a unit side by side (S is 1 for RNN, else 4), so the rows of
+the input weights are brought into the order (unit, slot) first.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn.precision import matmul_precision, rnn_precision
+from fused_rnn.problem import Grads, Layer, Outputs, Saved, Weights
+
+if TYPE_CHECKING:
+    from fused_rnn.kernels.plan import Limits, Plan
+
+# Slots that the input product fills, and those of the recurrent product, in torch.nn's gate order.
+# The GRU's last slot is W_hn h + b_hn: the reset gate acts before the input's part is added.
+_X_SLOTS = {"rnn_tanh": (0,), "rnn_relu": (0,), "gru": (0, 1, 2), "lstm": (0, 1, 2, 3)}
+_H_SLOTS = _X_SLOTS | {"gru": (0, 1, 3)}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
+
+
+@lru_cache
+def device_limits(device: torch.device) -> "Limits":
+    """What the chip offers: the table's entry for its architecture, with its own counts."""
+    from fused_rnn.kernels.plan import LIMITS
+
+    if device.type == "cpu":
+        return LIMITS[80]
+    properties: Any = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        name = properties.gcnArchName.split(":")[0]
+        if name not in LIMITS:
+            raise KeyError(name)
+        return replace(LIMITS[name], sms=properties.multi_processor_count)
+    capability = 10 * properties.major + properties.minor
+    known = [k for k in LIMITS if isinstance(k, int) and k <= capability]
+    if not known:
+        raise KeyError(f"sm_{capability}")
+    return replace(
+        LIMITS[max(known)],
+        sms=properties.multi_processor_count,
+        shared=properties.shared_memory_per_block_optin,
+    )
+
+
+def make_plan(
+    layer: Layer, device: torch.device, dtype: torch.dtype, H: int, projected: bool
+) -> "Plan | str":
+    """The plan for a layer, or why there is none."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"Triton runs on CUDA and ROCm devices, not on {device.type}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype not in _DTYPES:
+        return f"there are kernels for float32, float16 and bfloat16, not for {dtype}"
+    if projected:
+        return "there are no kernels for projections (proj_size)"
+    from fused_rnn.kernels import plan
+
+    try:
+        limits = device_limits(device)
+    except KeyError as unknown:
+        return f"no kernel was planned for {unknown.args[0]}"
+    try:
+        return plan.make_plan(
+            layer.cell.name,
+            H,
+            dtype.itemsize,
+            layer.rows.B,
+            layer.directions,
+            limits,
+            fast=device.type == "cuda",
+        )
+    except plan.DoesNotFit as reason:
+        return str(reason)
+
+
+@dataclass(frozen=True)
+class TritonEngine:
+    """One layer on a GPU, by plan. See :class:`fused_rnn.problem.Engine`."""
+
+    plan: "Plan"
+
+    def forward(self, layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
+        """Run the layer; saves the gates and c of all steps, with ``recompute`` c alone."""
+        from fused_rnn.kernels.forward import forward_sweep
+
+        x, h0, c0, flat = _split(inputs)
+        weights = list(layer.unflatten(flat))
+        H, name = h0.shape[-1], layer.cell.name
+        with _on(x):
+            gates = _project(layer, x, weights)
+            out = x.new_empty(x.shape[0], layer.directions * H)
+            h_n, c_n, c_seq = forward_sweep(
+                name,
+                gates,
+                torch.stack([w.w_hh for w in weights]),
+                _recurrent_bias(layer, weights),
+                h0.contiguous(),
+                None if c0 is None else c0.contiguous(),
+                out,
+                rows=layer.rows.on(x.device),
+                reverse=_reverse(layer),
+                save=save,
+                precision=_precision(x),
+                plan=self.plan,
+            )
+        keep_gates = save and len(_X_SLOTS[name]) > 1 and not layer.recompute
+        outputs = Outputs(out, h_n, None if c_n is None else c_n.to(x.dtype))
+        return outputs, (gates if keep_gates else None, c_seq) if save else ()
+
+    def backward(
+        self,
+        layer: Layer,
+        inputs: Saved,
+        outputs: Outputs,
+        saved: Saved,
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+        needs: tuple[bool, ...],
+    ) -> Grads:
+        """The reverse sweep, then one matrix product for each gradient that is needed."""
+        from fused_rnn.kernels.backward import reverse_sweep
+
+        x, h0, c0, flat = _split(inputs)
+        weights = list(layer.unflatten(flat))
+        gates, c_seq = saved
+        with _on(x):
+            if gates is None and len(_X_SLOTS[layer.cell.name]) > 1:
+                gates = _rebuild_gates(layer, x, h0, outputs.out, weights)
+            dgates, dh0, dc0 = reverse_sweep(
+                layer.cell.name,
+                gates,
+                c_seq,
+                outputs.out,
+                torch.stack([w.w_hh for w in weights]),
+                h0.contiguous(),
+                None if c0 is None else c0.contiguous(),
+                *(None if g is None else g.contiguous() for g in grads),
+                rows=layer.rows.on(x.device),
+                reverse=_reverse(layer),
+                precision=_precision(x),
+                plan=self.plan,
+            )
+            dx, dflat = _products(layer, x, h0, outputs.out, weights, dgates, needs)
+        return (
+            dx,
+            dh0.to(x.dtype) if needs[1] else None,
+            dc0.to(x.dtype) if needs[2] and dc0 is not None else None,
+            *dflat,
+        )
+
+
+def _split(inputs: Saved) -> tuple[Tensor, Tensor, Tensor | None, Saved]:
+    x, h0, c0, *flat = inputs
+    assert x is not None
+    assert h0 is not None
+    return x, h0, c0, tuple(flat)
+
+
+def _reverse(layer: Layer) -> tuple[bool, ...]:
+    return tuple(d == 1 for d in range(layer.directions))
+
+
+def _precision(x: Tensor) -> str:
+    return rnn_precision() if x.is_cuda else "ieee"
+
+
+class _on:
+    """The device of a tensor, and the precision of fp32 products there."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.contexts: tuple[AbstractContextManager[Any], ...] = (nullcontext(),)
+        if x.is_cuda:  # backward runs in a thread of its own, whose current device is another
+            self.contexts = (torch.cuda.device(x.device), matmul_precision(rnn_precision()))
+
+    def __enter__(self) -> None:
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(*error)
+
+
+def _to_slots(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
+    """Rows [G*H, ...] in torch.nn's order to [H * S, ...], (unit, slot); other slots are zero."""
+    S = 1 if len(slots) == 1 else 4
+    gates = rows.view(len(slots), -1, *rows.shape[1:])
+    if S == 1:
+        return rows
+    if slots == (0, 1, 2, 3):
+        return gates.transpose(0, 1).reshape(rows.shape)
+    result = rows.new_zeros(gates.shape[1], S, *rows.shape[1:])
+    result[:, list(slots)] = gates.transpose(0, 1)
+    return result.flatten(0, 1)
+
+
+def _from_slots(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
+    """The inverse: rows [H * S, ...] to [G*H, ...]."""
+    if len(slots) == 1:
+        return rows
+    units = rows.view(-1, 4, *rows.shape[1:])
+    return units[:, list(slots)].transpose(0, 1).flatten(0, 1)
+
+
+def _input_bias(layer: Layer, w: Weights) -> Tensor | None:
+    """All biases but the GRU's b_hn, by (unit, slot)."""
+    if w.b_ih is None or w.b_hh is None:
+        return None
+    bias = w.b_ih + w.b_hh
+    if layer.cell.name == "gru":
+        candidate = 2 * (bias.shape[0] // 3)
+        bias = torch.cat([bias[:candidate], w.b_ih[candidate:]])
+    return _to_slots(bias, _X_SLOTS[layer.cell.name])
+
+
+def _recurrent_bias(layer: Layer, weights: list[Weights]) -> Tensor | None:
+    """The GRU's b_hn [D, H], zeros where there are no biases."""
+    if layer.cell.name != "gru":
+        return None
+    H = weights[0].w_hh.shape[1]
+    return torch.stack(
+        [w.w_hh.new_zeros(H) if w.b_hh is None else w.b_hh[2 * H :] for w in weights]
+    )
+
+
+def _project(layer: Layer, x: Tensor, weights: list[Weights]) -> Tensor:
+    """The input part of the pre-activations with the biases, [D, N, H, S]."""
+    H, slots = weights[0].w_hh.shape[1], _X_SLOTS[layer.cell.name]
+    S = 1 if len(slots) == 1 else 4
+    gates = x.new_empty(len(weights), x.shape[0], H * S)
+    for buffer, w in zip(gates, weights, strict=True):
+        w_ih, bias = _to_slots(w.w_ih, slots), _input_bias(layer, w)
+        if bias is None:
+            torch.mm(x, w_ih.t(), out=buffer)
+        else:
+            torch.addmm(bias, x, w_ih.t(), out=buffer)
+    return gates.view(len(weights), x.shape[0], H, S)
+
+
+def _rebuild_gates(
+    layer: Layer, x: Tensor, h0: Tensor, out: Tensor, weights: list[Weights]
+) -> Tensor:
+    """What the forward sweep would have saved: h of every step is known, so one product does."""
+    H, name = h0.shape[-1], layer.cell.name
+    gates = _project(layer, x, weights)
+    for d, (buffer, w) in enumerate(zip(gates, weights, strict=True)):
+        before = layer.rows.previous(out[:, d * H : (d + 1) * H], h0[d], d == 1)
+        flat = buffer.view(x.shape[0], -1)
+        flat.addmm_(before, _to_slots(w.w_hh, _H_SLOTS[name]).t())
+        if name == "lstm":
+            candidate = torch.tanh(buffer[..., 2])
+            buffer.sigmoid_()
+            buffer[..., 2] = candidate
+        else:
+            bias = _recurrent_bias(layer, [w])
+            assert bias is not None
+            buffer[..., 3] += bias[0]
+            buffer[..., :2].sigmoid_()
+            buffer[..., 2].addcmul_(buffer[..., 0], buffer[..., 3]).tanh_()
+    return gates
+
+
+def _products(
+    layer: Layer,
+    x: Tensor,
+    h0: Tensor,
+    out: Tensor,
+    weights: list[Weights],
+    dgates: Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx, and the gradients of the parameters of all directions."""
+    H, name = h0.shape[-1], layer.cell.name
+    x_slots, h_slots = _X_SLOTS[name], _H_SLOTS[name]
+    dx: Tensor | None = None
+    dflat: list[Tensor | None] = []
+    for d, w in enumerate(weights):
+        flat = dgates[d].flatten(1)
+        need = needs[3 + d * len(w) : 3 + (d + 1) * len(w)]
+        if needs[0]:
+            w_ih = _to_slots(w.w_ih, x_slots)
+            dx = flat @ w_ih if dx is None else dx.addmm_(flat, w_ih)
+        dw_hh = None
+        if need[1]:
+            mine = out[:, d * H : (d + 1) * H]
+            dw_hh = _from_slots(layer.rows.recurrent_product(flat, mine, h0[d], d == 1), h_slots)
+        bias = flat.sum(0) if need[2] or need[3] else None
+        dflat += [
+            _from_slots(flat.t() @ x, x_slots) if need[0] else None,
+            dw_hh,
+            _from_slots(bias, x_slots) if need[2] and bias is not None else None,
+            _from_slots(bias, h_slots) if need[3] and bias is not None else None,
+            None,
+        ]
+    return dx, dflat

@@ -57,6 +57,8 @@ def rnn_layer(
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast computes in on ``device``, or None where it is off."""
     kind = device.type
+    if kind == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return None
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None

@@ -110,10 +110,15 @@ class FusedRNNBase(nn.Module):
 
     def _weights(self, layer: int) -> list[Weights]:
         """The parameters of one layer, read afresh: nothing is cached past a change."""
-        return [
-            Weights(*(getattr(self, f"{kind}_l{layer}{suffix}", None) for kind in _KINDS))  # type: ignore[arg-type]
-            for suffix in ("", "_reverse")[: self._directions]
-        ]
+        found = []
+        for suffix in ("", "_reverse")[: self._directions]:
+            w_ih = getattr(self, f"weight_ih_l{layer}{suffix}")
+            w_hh = getattr(self, f"weight_hh_l{layer}{suffix}")
+            b_ih = getattr(self, f"bias_ih_l{layer}{suffix}") if self.bias else None
+            b_hh = getattr(self, f"bias_hh_l{layer}{suffix}") if self.bias else None
+            w_hr = getattr(self, f"weight_hr_l{layer}{suffix}") if self.proj_size else None
+            found.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
+        return found
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
@@ -227,11 +232,11 @@ class FusedRNNBase(nn.Module):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             self.check_input(data, batch_sizes)
             rows = Rows.packed(batch_sizes)
+            if hx is not None:
+                self._check_states(data, hx, rows.B)
+                if sorted_indices is not None:
+                    hx = tuple(s.index_select(1, sorted_indices) for s in hx)
             states = self._initial(data, rows.B) if hx is None else hx
-            if sorted_indices is not None and hx is not None:
-                self._check_states(data, states, rows.B)
-                states = tuple(s.index_select(1, sorted_indices) for s in states)
-            self._check_states(data, states, rows.B)
             out, states = self._stack(data, states, rows)
             if unsorted_indices is not None:
                 states = tuple(s.index_select(1, unsorted_indices) for s in states)
@@ -251,8 +256,9 @@ class FusedRNNBase(nn.Module):
         self.check_input(input, None)
         x = input.transpose(0, 1) if self.batch_first else input
         T, B, _ = x.shape
+        if hx is not None:
+            self._check_states(x, hx, B)
         states = self._initial(x, B) if hx is None else hx
-        self._check_states(x, states, B)
         out, states = self._stack(x.reshape(T * B, -1), states, Rows(T, B))
         out = out.view(T, B, -1)
         if self.batch_first:
@@ -272,22 +278,22 @@ class FusedRNNBase(nn.Module):
 
     def _stack(self, x: Tensor, states: States, rows: Rows) -> tuple[Tensor, States]:
         """All layers, bottom up: ``x`` [N, I] to out [N, D*R] and the final states."""
-        D = self._directions
-        h_n, c_n = [], []
+        D, cell = self._directions, self._cell
+        finals: list[States] = []
         for layer in range(self.num_layers):
-            one = self.num_layers == 1
-            mine = states if one else tuple(s[layer * D : (layer + 1) * D] for s in states)
-            c0 = mine[1] if self._cell.has_c else None
+            mine = states
+            if self.num_layers > 1:
+                mine = tuple(s[layer * D : (layer + 1) * D] for s in states)
             weights = self._weights(layer)
-            out = rnn_layer(self._cell, x, mine[0], c0, weights, rows, self.backend, self.recompute)
+            c0 = mine[1] if cell.has_c else None
+            out = rnn_layer(cell, x, mine[0], c0, weights, rows, self.backend, self.recompute)
             x = out.out
-            h_n.append(out.h_n)
-            if out.c_n is not None:
-                c_n.append(out.c_n)
+            finals.append((out.h_n,) if out.c_n is None else (out.h_n, out.c_n))
             if self.dropout > 0 and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
-        finals = [h_n, c_n] if self._cell.has_c else [h_n]
-        return x, tuple(s[0] if len(s) == 1 else torch.cat(s) for s in finals)
+        if self.num_layers == 1:
+            return x, finals[0]
+        return x, tuple(torch.cat(same) for same in zip(*finals, strict=True))
 
 
 class FusedRNN(FusedRNNBase):
@@ -403,7 +409,6 @@ class FusedLSTM(FusedRNNBase):
         return output, (h_n, c_n)
 
 
-_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # in order of Weights
 _CELLS = {
     "RNN_TANH": cells.RNN_TANH,
     "RNN_RELU": cells.RNN_RELU,

@@ -39,7 +39,7 @@ def forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
 
 def _plain(tensors: Saved) -> Saved:
     """Contiguous and detached: the op reads strided memory as if it were contiguous."""
-    return tuple(None if t is None else t.detach().contiguous() for t in tensors)
+    return tuple([None if t is None else t.detach().contiguous() for t in tensors])
 
 
 def _forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
@@ -58,8 +58,8 @@ def _forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
             w.w_ih,
             w.w_hh,
             *bias,
-            h0[d],
-            c0[d],
+            h0 if layer.directions == 1 else h0[d : d + 1],
+            c0 if layer.directions == 1 else c0[d : d + 1],
             reverse=d == 1,
             batch_sizes=[],
             mode=_LSTM,
@@ -76,9 +76,9 @@ def _forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
             saved += [workspace, *([out] if layer.directions > 1 else [None])]
     outs, h_ns, c_ns = zip(*per_direction, strict=True)
     if layer.directions == 1:
-        return Outputs(outs[0].view(rows.N, -1), h_ns[0][None], c_ns[0][None]), tuple(saved)
+        return Outputs(outs[0].view(rows.N, -1), h_ns[0], c_ns[0]), tuple(saved)
     out = torch.cat(outs, dim=-1).view(rows.N, -1)
-    return Outputs(out, torch.stack(h_ns), torch.stack(c_ns)), tuple(saved)
+    return Outputs(out, torch.cat(h_ns), torch.cat(c_ns)), tuple(saved)
 
 
 def backward(
@@ -111,14 +111,14 @@ def backward(
             w.w_ih,
             w.w_hh,
             *bias,
-            h0[d],
-            c0[d],
+            h0[d : d + 1],
+            c0[d : d + 1],
             outputs.out.view(rows.T, rows.B, -1) if out is None else out,
-            outputs.h_n[d],
-            outputs.c_n[d],
+            outputs.h_n[d : d + 1],
+            outputs.c_n[d : d + 1],
             step_grad,
-            None if dh_n is None else dh_n[d].contiguous(),
-            None if dc_n is None else dc_n[d].contiguous(),
+            None if dh_n is None else dh_n[d : d + 1].contiguous(),
+            None if dc_n is None else dc_n[d : d + 1].contiguous(),
             reverse=d == 1,
             mode=_LSTM,
             hidden_size=H,
@@ -136,7 +136,7 @@ def backward(
         biases = (db_ih, db_hh) if w.b_ih is not None else (None, None)
         dflat += [dw_ih, dw_hh, *biases, None]
     assert dx is not None
-    result = (dx.reshape(rows.N, -1), torch.stack(dh0), torch.stack(dc0), *dflat)
+    result = (dx.reshape(rows.N, -1), torch.cat(dh0), torch.cat(dc0), *dflat)
     return tuple(g if need else None for g, need in zip(result, needs, strict=True))
 
 

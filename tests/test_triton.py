@@ -48,6 +48,12 @@ def compare(
     found = {name: value.cpu() for name, value in found.items()}
     if dtype == torch.float32:
         assert_same(found, expected, dtype)
+    elif dtype == torch.bfloat16 and device == "cpu":
+        # The interpreter truncates to bf16 where hardware rounds: twice the error, all to one side,
+        # so that torch.nn's own error is no measure.
+        for name, value in expected.items():
+            error = (found[name].double() - value).abs().max()
+            assert error <= 4 * torch.finfo(dtype).eps * value.abs().max(), name
     else:
         same_type = run(exact.to(dtype), xs, initial, make)
         assert_no_worse(found, same_type, expected)

@@ -59,12 +59,12 @@ def choose(
         if refusal is None:
             return Choice("cpu", onednn, "oneDNN's fused LSTM")
         return Choice("cpu", cpu, f"sweeps of PyTorch calls; not oneDNN, since {refusal}")
-    plan = triton_backend.make_plan(layer, device, dtype, H, projected)
-    if not isinstance(plan, str):
-        return Choice("triton", triton_backend.TritonEngine(plan), f"persistent sweeps, {plan}")
+    engine = triton_backend.make_engine(layer, device, dtype, H, projected)
+    if not isinstance(engine, str):
+        return Choice("triton", engine, f"persistent sweeps, {engine.plan}")
     if backend == "triton":
         raise RuntimeError(
             f"backend='triton' cannot run {layer.cell.name} with hidden_size={H} in {dtype} on "
-            f"{device}: {plan}"
+            f"{device}: {engine}"
         )
-    return Choice("eager", None, f"no fused kernel: {plan}")
+    return Choice("eager", None, f"no fused kernel: {engine}")

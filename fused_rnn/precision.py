@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 
-def rnn_precision() -> str:
+def rnn_precision() -> Literal["ieee", "tf32"]:
     """The setting for recurrent layers: "tf32" (PyTorch's default) or "ieee".
 
     ``torch.backends.cudnn.rnn.fp32_precision``, or what it inherits from; before PyTorch 2.9
@@ -19,7 +19,7 @@ def rnn_precision() -> str:
         if setting is None:
             return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
         if setting != "none":
-            return str(setting)
+            return "tf32" if setting == "tf32" else "ieee"
     return "ieee"
 
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,12 +27,30 @@ if TYPE_CHECKING:
 # The GRU's last slot is W_hn h + b_hn: the reset gate acts before the input's part is added.
 _X_SLOTS = {"rnn_tanh": (0,), "rnn_relu": (0,), "gru": (0, 1, 2), "lstm": (0, 1, 2, 3)}
 _H_SLOTS = _X_SLOTS | {"gru": (0, 1, 3)}
+OLDEST_TRITON = (3, 6)  # the kernels are compiled by 3.6 and 3.9 in tests
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
+
+
+class UnknownDevice(LookupError):
+    """A GPU older than, or unlike, all that the table of limits knows."""
+
+
+@lru_cache
+def _refusal_of_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    if (int(major), int(minor)) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"the kernels need Triton {oldest} or newer, not {triton.__version__}"
+    return None
 
 
 @lru_cache
@@ -46,12 +64,12 @@ def device_limits(device: torch.device) -> "Limits":
     if torch.version.hip is not None:
         name = properties.gcnArchName.split(":")[0]
         if name not in LIMITS:
-            raise KeyError(name)
+            raise UnknownDevice(name)
         return replace(LIMITS[name], sms=properties.multi_processor_count)
     capability = 10 * properties.major + properties.minor
     known = [k for k in LIMITS if isinstance(k, int) and k <= capability]
     if not known:
-        raise KeyError(f"sm_{capability}")
+        raise UnknownDevice(f"sm_{capability}")
     return replace(
         LIMITS[max(known)],
         sms=properties.multi_processor_count,
@@ -59,43 +77,17 @@ def device_limits(device: torch.device) -> "Limits":
     )
 
 
-def make_plan(
-    layer: Layer, device: torch.device, dtype: torch.dtype, H: int, projected: bool
-) -> "Plan | str":
-    """The plan for a layer, or why there is none."""
-    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
-        return f"Triton runs on CUDA and ROCm devices, not on {device.type}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if dtype not in _DTYPES:
-        return f"there are kernels for float32, float16 and bfloat16, not for {dtype}"
-    if projected:
-        return "there are no kernels for projections (proj_size)"
-    from fused_rnn.kernels import plan
-
-    try:
-        limits = device_limits(device)
-    except KeyError as unknown:
-        return f"no kernel was planned for {unknown.args[0]}"
-    try:
-        return plan.make_plan(
-            layer.cell.name,
-            H,
-            dtype.itemsize,
-            layer.rows.B,
-            layer.directions,
-            limits,
-            fast=device.type == "cuda",
-        )
-    except plan.DoesNotFit as reason:
-        return str(reason)
-
-
 @dataclass(frozen=True)
 class TritonEngine:
-    """One layer on a GPU, by plan. See :class:`fused_rnn.problem.Engine`."""
+    """One layer on a GPU. See :class:`fused_rnn.problem.Engine`.
+
+    Attributes:
+        plan: tiles, warps, resources.
+        precision: "ieee" or "tf32", of fp32 products; backward keeps that of forward.
+    """
 
     plan: "Plan"
+    precision: Literal["ieee", "tf32"]
 
     def forward(self, layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
         """Run the layer; saves the gates and c of all steps, with ``recompute`` c alone."""
@@ -104,7 +96,7 @@ class TritonEngine:
         x, h0, c0, flat = _split(inputs)
         weights = list(layer.unflatten(flat))
         H, name = h0.shape[-1], layer.cell.name
-        with _on(x):
+        with _on(x, self.precision):
             gates = _project(layer, x, weights)
             out = x.new_empty(x.shape[0], layer.directions * H)
             h_n, c_n, c_seq = forward_sweep(
@@ -118,7 +110,7 @@ class TritonEngine:
                 rows=layer.rows.on(x.device),
                 reverse=_reverse(layer),
                 save=save,
-                precision=_precision(x),
+                precision=self.precision,
                 plan=self.plan,
             )
         keep_gates = save and len(_X_SLOTS[name]) > 1 and not layer.recompute
@@ -140,7 +132,7 @@ class TritonEngine:
         x, h0, c0, flat = _split(inputs)
         weights = list(layer.unflatten(flat))
         gates, c_seq = saved
-        with _on(x):
+        with _on(x, self.precision):
             if gates is None and len(_X_SLOTS[layer.cell.name]) > 1:
                 gates = _rebuild_gates(layer, x, h0, outputs.out, weights)
             dgates, dh0, dc0 = reverse_sweep(
@@ -154,7 +146,7 @@ class TritonEngine:
                 *(None if g is None else g.contiguous() for g in grads),
                 rows=layer.rows.on(x.device),
                 reverse=_reverse(layer),
-                precision=_precision(x),
+                precision=self.precision,
                 plan=self.plan,
             )
             dx, dflat = _products(layer, x, h0, outputs.out, weights, dgates, needs)
@@ -164,6 +156,40 @@ class TritonEngine:
             dc0.to(x.dtype) if needs[2] and dc0 is not None else None,
             *dflat,
         )
+
+
+def make_engine(
+    layer: Layer, device: torch.device, dtype: torch.dtype, H: int, projected: bool
+) -> TritonEngine | str:
+    """The engine for a layer, or why there is none."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"Triton runs on CUDA and ROCm devices, not on {device.type}"
+    if refusal := _refusal_of_triton():
+        return refusal
+    if dtype not in _DTYPES:
+        return f"there are kernels for float32, float16 and bfloat16, not for {dtype}"
+    if projected:
+        return "there are no kernels for projections (proj_size)"
+    from fused_rnn.kernels.plan import DoesNotFit, make_plan
+
+    gpu = device.type == "cuda"
+    precision: Literal["ieee", "tf32"] = rnn_precision() if gpu else "ieee"
+    try:
+        plan = make_plan(
+            layer.cell.name,
+            H,
+            dtype.itemsize,
+            layer.rows.B,
+            layer.directions,
+            device_limits(device),
+            precision=precision,
+            fast=gpu,
+        )
+    except UnknownDevice as unknown:
+        return f"no plan for {unknown}"
+    except DoesNotFit as reason:
+        return str(reason)
+    return TritonEngine(plan, precision)
 
 
 def _split(inputs: Saved) -> tuple[Tensor, Tensor, Tensor | None, Saved]:
@@ -177,17 +203,13 @@ def _reverse(layer: Layer) -> tuple[bool, ...]:
     return tuple(d == 1 for d in range(layer.directions))
 
 
-def _precision(x: Tensor) -> str:
-    return rnn_precision() if x.is_cuda else "ieee"
-
-
 class _on:
     """The device of a tensor, and the precision of fp32 products there."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, precision: str) -> None:
         self.contexts: tuple[AbstractContextManager[Any], ...] = (nullcontext(),)
         if x.is_cuda:  # backward runs in a thread of its own, whose current device is another
-            self.contexts = (torch.cuda.device(x.device), matmul_precision(rnn_precision()))
+            self.contexts = (torch.cuda.device(x.device), matmul_precision(precision))
 
     def __enter__(self) -> None:
         for context in self.contexts:

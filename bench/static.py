@@ -1,0 +1,297 @@
+"""Compile the sweeps for every target, without a GPU, and count what is in their time loop.
+
+    python -m bench.static [--json FILE] [--target 80 90] [--cell lstm] [--hidden 128]
+
+One row per kernel: registers, spilled bytes and shared memory of the program; in the time loop, per
+warp and step: instructions, barriers, shared and global accesses, tensor instructions, and the
+bytes of weights that the loop reads again (0: they stay in registers).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_rnn.kernels import backward, forward
+from fused_rnn.kernels.plan import LIMITS, SPECS, DoesNotFit, Limits, Plan, make_plan
+
+DTYPES: dict[str, Literal["ieee", "tf32"]] = {
+    "fp32": "ieee",
+    "tf32": "tf32",
+    "fp16": "tf32",
+    "bf16": "tf32",
+}  # and their precision
+KERNELS = ("inference", "forward", "reverse")
+COUNTED = {
+    "bar": ("BAR",),
+    "ldsm": ("LDSM",),
+    "lds": ("LDS",),
+    "sts": ("STS", "STSM"),
+    "ldg": ("LDG",),
+    "stg": ("STG",),
+    "hmma": ("HMMA",),
+    "hgmma": ("HGMMA", "UTCHMMA"),
+}
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of the table; -1 where a number is not known for the target."""
+
+    kernel: str
+    cell: str
+    dtype: str
+    hidden: int
+    block_b: int
+    warps: int
+    target: str
+    registers: int = -1
+    spill: int = -1
+    shared: int = -1
+    instr: int = -1
+    bar: int = -1
+    ldsm: int = -1
+    lds: int = -1
+    sts: int = -1
+    ldg: int = -1
+    stg: int = -1
+    hmma: int = -1
+    hgmma: int = -1
+    weights_shared: int = -1
+    weights_global: int = -1
+
+
+def _arguments(
+    kernel: str, cell: str, H: int, dtype: str, D: int, packed: bool, plan: Plan
+) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The Triton function, the types of its run-time arguments, its constants."""
+    spec = SPECS[cell]
+    constants: dict[str, Any]
+    x = "*fp32" if dtype in ("fp32", "tf32") else f"*{dtype}"
+    lstm, gates = spec.states == 2, spec.slots == 4
+    types = {n: "i32" for n in ("T", "B", "N", "reverse")} | {"scale": "fp32", "w": x}
+    constants = {
+        "G": spec.gates,
+        "STATES": spec.states,
+        "D": D,
+        "H": H,
+        "BLOCK_H": plan.block_h,
+        "BLOCK_B": plan.block_b,
+        "BATCH": plan.batch,
+        "FAST": plan.fast,
+        "PRECISION": DTYPES[dtype],
+    }
+    if packed:
+        types["offsets"] = "*i64"
+    if kernel == "reverse":
+        fn = backward.backward_kernel
+        types |= dict.fromkeys(("dout", "dh_n", "dgates"), x)
+        types |= {"states": "*fp32" if lstm else x, "dh0": "*fp32", "zero": "i32"}
+        if gates:
+            types |= {"gates": x, "initial": types["states"]}
+        if lstm:
+            types |= {"dc_n": "*fp32", "dc0": "*fp32"}
+        constants |= {"FACTORS": backward.FACTORS[cell], "ADJOINT": backward.ADJOINTS[cell]}
+    else:
+        fn = forward.forward_kernel
+        types |= dict.fromkeys(("gates", "h0", "out", "h_n"), x)
+        if cell == "gru":
+            types["bias"] = x
+        if lstm:
+            types |= {"c0": "*fp32", "c_n": "*fp32"}
+            if kernel == "forward":
+                types["c_seq"] = "*fp32"
+        constants |= {"STEP": forward.STEPS[cell], "SAVE": kernel == "forward"}
+    for name in fn.arg_names:
+        if name not in types and name not in constants:
+            constants[name] = None
+    return fn, types, constants
+
+
+def compile_sweep(
+    kernel: str,
+    cell: str,
+    H: int,
+    dtype: str,
+    limits: Limits,
+    plan: Plan,
+    D: int = 1,
+    packed: bool = False,
+) -> Any:
+    """What triton.compile makes of one sweep."""
+    fn, types, constants = _arguments(kernel, cell, H, dtype, D, packed, plan)
+    source = ASTSource(
+        fn,
+        signature={n: types.get(n, "constexpr") for n in fn.arg_names},
+        constexprs=constants,
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, n in enumerate(fn.arg_names)
+            if types.get(n, "").startswith("*")
+        },
+    )
+    backend = "cuda" if isinstance(limits.target, int) else "hip"
+    options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
+    return triton.compile(
+        source, target=GPUTarget(backend, limits.target, limits.warp), options=options
+    )
+
+
+def loop_counts(sass: str) -> dict[str, int]:
+    """Instructions of the largest loop of a listing by nvdisasm, in all and by kind."""
+    labels: dict[str, int] = {}
+    code: list[tuple[str, str]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*\.(L_x_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(
+            r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][\w.]*)(.*)", line
+        ):
+            code.append((instruction[1], instruction[2]))
+    loop: list[str] = []
+    for end, (op, rest) in enumerate(code):
+        target = re.search(r"`\(\.(L_x_\w+)\)", rest)
+        start = labels.get(target[1], end + 1) if target and op.startswith("BRA") else end + 1
+        if end - start >= len(loop):
+            loop = [op for op, _ in code[start : end + 1]]
+    counts = {"instr": len(loop)}
+    for name, bases in COUNTED.items():
+        counts[name] = sum(op.split(".")[0] in bases for op in loop)
+    return counts
+
+
+def weight_reads(ttgir: str) -> dict[str, int]:
+    """Bytes of weights that the time loop reads again, found in Triton's own IR.
+
+    A read of shared memory that was filled before the loop, or a load through a pointer that the
+    loop does not advance, with as many rows as columns or more columns than a batch tile has.
+    """
+    size = {"bf16": 2, "f16": 2, "f32": 4}
+    lines = ttgir.splitlines()
+    loops = []
+    for i, line in enumerate(lines):
+        if "scf.for" in line:
+            indent = len(line) - len(line.lstrip())
+            end = next(
+                j for j in range(i + 1, len(lines)) if lines[j][: indent + 1] == " " * indent + "}"
+            )
+            loops.append(lines[i : end + 1])
+    body = max(loops, key=len)
+    defined = {m[1] for line in body if (m := re.match(r"\s*(%[\w#]+)(?::\d+)? =", line))}
+    reads = {"weights_shared": 0, "weights_global": 0}
+    for line in body:
+        if m := re.search(r"ttg\.local_load (%\w+).*memdesc<([\dx]+)x(\w+),", line):
+            if m[1] not in defined:
+                reads["weights_shared"] += _elements(m[2]) * size[m[3]]
+        elif (m := re.search(r"tt\.load .*tensor<([\dx]+)x!tt\.ptr<(\w+)>", line)) and (
+            int(m[1].split("x")[-1]) > 16  # no batch tile is wider
+        ):
+            reads["weights_global"] += _elements(m[1]) * size[m[2]]
+    return reads
+
+
+def _elements(shape: str) -> int:
+    product = 1
+    for n in shape.split("x"):
+        product *= int(n)
+    return product
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match, f"no {pattern} in the compiler's output"
+    return int(match[1])
+
+
+def measure(row: Row, compiled: Any) -> None:
+    """Fill in what the compiled kernel tells."""
+    row.shared = compiled.metadata.shared
+    for name, value in weight_reads(compiled.asm["ttgir"]).items():
+        setattr(row, name, value)
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        row.registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        # Not vgpr_spill_count, which counts moves into accumulation registers, too.
+        row.spill = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
+        row.registers = _number(r"REG:(\d+)", usage)
+        row.spill = _number(r"STACK:(\d+)", usage)
+        for name, value in loop_counts(_tool("nvdisasm", "-c", str(cubin))).items():
+            setattr(row, name, value)
+
+
+def plan_for(cell: str, H: int, dtype: str, limits: Limits) -> Plan:
+    """The plan of a batch of 8, one direction."""
+    return make_plan(cell, H, 4 if "32" in dtype else 2, 8, 1, limits, precision=DTYPES[dtype])
+
+
+def rows(
+    targets: list[str], names: list[str], hidden: list[int], dtypes: list[str], kernels: list[str]
+) -> Iterator[Row]:
+    """Every row asked for that has a plan."""
+    for target, limits in LIMITS.items():
+        if str(target) not in targets:
+            continue
+        for cell in names:
+            for dtype in dtypes:
+                for H in hidden:
+                    try:
+                        plan = plan_for(cell, H, dtype, limits)
+                    except DoesNotFit:
+                        continue
+                    for kernel in kernels:
+                        row = Row(kernel, cell, dtype, H, plan.block_b, plan.warps, str(target))
+                        measure(row, compile_sweep(kernel, cell, H, dtype, limits, plan))
+                        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    everything = [str(t) for t in LIMITS]
+    parser.add_argument("--target", nargs="*", default=everything, choices=everything)
+    parser.add_argument("--cell", nargs="*", default=["rnn_tanh", "gru", "lstm"], choices=SPECS)
+    parser.add_argument("--hidden", nargs="*", type=int, default=[64, 96, 128, 256])
+    parser.add_argument("--dtype", nargs="*", default=["bf16"], choices=DTYPES)
+    parser.add_argument("--kernel", nargs="*", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--json", help="also write the rows to this file, one JSON object a line")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        sys.exit("unset TRITON_INTERPRET: an interpreted kernel is not compiled")
+
+    names = [f.name for f in dataclasses.fields(Row)]
+    width = {n: max(len(n), 9 if n in ("kernel", "cell") else 6) for n in names}
+    print(f"Triton {triton.__version__}\n" + " ".join(n.rjust(width[n]) for n in names))
+    out = open(args.json, "w") if args.json else None  # noqa: SIM115
+    for row in rows(args.target, args.cell, args.hidden, args.dtype, args.kernel):
+        values = dataclasses.asdict(row)
+        print(
+            " ".join(str("-" if v == -1 else v).rjust(width[n]) for n, v in values.items()),
+            flush=True,
+        )
+        if out:
+            out.write(json.dumps(values | {"triton": triton.__version__}) + "\n")
+            out.flush()
+
+
+if __name__ == "__main__":
+    main()

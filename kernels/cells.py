@@ -1,0 +1,100 @@
+"""What a cell computes in one time step, and the adjoint of that step.
+
+A cell is three functions:
+
+    step(pre, state, FAST) -> (saved, state)
+        pre    its S gates before the activation, input and recurrent part added
+        state  (h,) or (h, c)
+        saved  S tiles that the reverse sweep reads back in place of the pre-activations
+    factors(saved, now, before, FAST) -> tuple
+        The step is linear in the gradients (dh, dc). These are its coefficients: they depend on
+        saved values only, so the reverse sweep forms them while the tensor cores are busy.
+        now and before are the state after and before the step: c if there is one, else h. RNN
+        saves nothing but its output and gets that as its one saved tile.
+    adjoint(factors, dh, dc, none) -> (slots, dh, dc)
+        slots: gradients of the S gates; those that belong to a row of the recurrent weights go
+        through the product. dh, dc: what reaches the step before without passing the product
+        (none: a tile of zeros).
+
+GRU uses its four slots as (r, z, n, W_hn h + b_hn): the reset gate multiplies the recurrent part of
+n only, so that part needs a slot of its own. On the way back they are (dr, dz, dn, r dn).
+"""
+
+import triton
+import triton.language as tl
+
+from fused_rnn.kernels.tiles import sigmoid, tanh
+
+
+@triton.jit
+def rnn_tanh_step(pre, state, FAST: tl.constexpr):
+    h = tanh(pre[0], FAST)
+    return (h,), (h,)
+
+
+@triton.jit
+def rnn_tanh_factors(saved, now, before, FAST: tl.constexpr):
+    return (1.0 - saved[0] * saved[0],)
+
+
+@triton.jit
+def rnn_relu_step(pre, state, FAST: tl.constexpr):
+    h = tl.where(pre[0] <= 0, 0.0, pre[0])  # written so that a NaN stays one, as in torch.relu
+    return (h,), (h,)
+
+
+@triton.jit
+def rnn_relu_factors(saved, now, before, FAST: tl.constexpr):
+    return (tl.where(saved[0] > 0, 1.0, 0.0),)
+
+
+@triton.jit
+def rnn_adjoint(k, dh, dc, none):
+    return (dh * k[0],), none, dc
+
+
+@triton.jit
+def gru_step(pre, state, FAST: tl.constexpr):
+    r = sigmoid(pre[0], FAST)
+    z = sigmoid(pre[1], FAST)
+    n = tanh(pre[2] + r * pre[3], FAST)
+    h = n + z * (state[0] - n)
+    return (r, z, n, pre[3]), (h,)
+
+
+@triton.jit
+def gru_factors(saved, now, before, FAST: tl.constexpr):
+    r, z, n, q = saved
+    dn = (1.0 - z) * (1.0 - n * n)
+    dq = dn * r
+    return dq * q * (1.0 - r), (before - n) * z * (1.0 - z), dn, dq, z
+
+
+@triton.jit
+def gru_adjoint(k, dh, dc, none):
+    return (dh * k[0], dh * k[1], dh * k[2], dh * k[3]), dh * k[4], dc
+
+
+@triton.jit
+def lstm_step(pre, state, FAST: tl.constexpr):
+    i = sigmoid(pre[0], FAST)
+    f = sigmoid(pre[1], FAST)
+    g = tanh(pre[2], FAST)
+    o = sigmoid(pre[3], FAST)
+    c = f * state[1] + i * g
+    return (i, f, g, o), (o * tanh(c, FAST), c)
+
+
+@triton.jit
+def lstm_factors(saved, now, before, FAST: tl.constexpr):
+    i, f, g, o = saved
+    y = tanh(now, FAST)
+    di = g * i * (1.0 - i)
+    df = before * f * (1.0 - f)
+    return di, df, i * (1.0 - g * g), y * o * (1.0 - o), o * (1.0 - y * y), f
+
+
+@triton.jit
+def lstm_adjoint(k, dh, dc, none):
+    dc += dh * k[4]
+    return (dc * k[0], dc * k[1], dc * k[2], dh * k[3]), none, dc * k[5]

@@ -1,0 +1,145 @@
+"""The recurrence of one layer in fp64, and both sweep kernels compared with it."""
+
+import itertools
+
+import torch
+
+from fused_rnn import cells
+from fused_rnn.kernels import backward, forward
+from fused_rnn.kernels.forward import Rows
+
+CELLS = {c.name: c for c in (cells.RNN_TANH, cells.RNN_RELU, cells.GRU, cells.LSTM)}
+# Largest error over the largest value of the reference. 16-bit: h is rounded once per step, the
+# gates and their gradients once each.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+LENGTHS = {1: [2], 3: [7, 7, 2], 8: [5, 5, 5, 4, 3, 3, 1, 1], 17: [7] * 8 + [6] * 3 + [3] * 5 + [1]}
+
+
+def make_rows(T, B, packed):
+    if not packed:
+        return Rows(T, B, T * B), [T] * B
+    lengths = LENGTHS[B]
+    sizes = [sum(n > t for n in lengths) for t in range(lengths[0])]
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)])
+    return Rows(lengths[0], B, sum(sizes), offsets), lengths
+
+
+class Problem:
+    """One layer's recurrence with random numbers, and what the fp64 loop makes of it."""
+
+    def __init__(self, name, dtype, H, B, T, reverse=(False,), packed=False):
+        self.cell, self.name, self.dtype, self.H, self.reverse = (
+            CELLS[name],
+            name,
+            dtype,
+            H,
+            reverse,
+        )
+        self.rows, self.lengths = make_rows(T, B, packed)
+        torch.manual_seed(H * 1000 + B * 10 + T)
+        D, N, G = len(reverse), self.rows.N, self.cell.gates
+
+        def random(*shape, scale=1.0):
+            return (torch.randn(shape) * scale).to(dtype).double().requires_grad_()
+
+        self.gx = random(D, N, G * H)
+        self.w = random(D, G * H, H, scale=0.5 * H**-0.5)
+        self.bias = random(D, H)
+        self.h0 = random(D, B, H)
+        self.c0 = random(D, B, H) if self.cell.has_c else None
+        self.gh = torch.zeros(D, N, G * H, dtype=torch.float64, requires_grad=True)
+        self._run()
+
+    def _row(self, t, b):
+        return (t * self.rows.B if self.rows.offsets is None else int(self.rows.offsets[t])) + b
+
+    def _run(self):
+        outs, cs, h_n, c_n = [], [], [], []
+        for d, reverse in enumerate(self.reverse):
+            out, c_seq = [None] * self.rows.N, [None] * self.rows.N
+            h_last, c_last = [], []
+            for b, length in enumerate(self.lengths):
+                h, c = self.h0[d, b], None if self.c0 is None else self.c0[d, b]
+                for t in reversed(range(length)) if reverse else range(length):
+                    row = self._row(t, b)
+                    gh = self.w[d] @ h + self.gh[d, row]
+                    if self.name == "gru":
+                        gh = gh + torch.cat([torch.zeros(2 * self.H), self.bias[d]])
+                    h, c = self.cell.step(self.gx[d, row], gh, (h, c))
+                    out[row], c_seq[row] = h, c
+                h_last.append(h)
+                c_last.append(c)
+            outs.append(torch.stack(out))
+            h_n.append(torch.stack(h_last))
+            if self.cell.has_c:
+                cs.append(torch.stack(c_seq))
+                c_n.append(torch.stack(c_last))
+        self.out, self.h_n = torch.cat(outs, 1), torch.stack(h_n)
+        self.c_seq = torch.cat(cs, 1) if cs else None
+        self.c_n = torch.stack(c_n) if c_n else None
+
+    def slots(self, x):
+        """[D, N, G * H] of the reference as [D, N, H, S], NaN where a slot is unused."""
+        x = x.unflatten(-1, (self.cell.gates, self.H)).transpose(-1, -2)
+        if self.cell.gates == 3:
+            x = torch.cat([x, torch.full_like(x[..., :1], torch.nan)], -1)
+        return x.detach()
+
+    def gradients(self, use_c_seq):
+        """Random gradients of the outputs; the reference's dgates, dh0, dc0."""
+        outputs = [self.out, self.h_n] + ([self.c_n, self.c_seq] if self.cell.has_c else [])
+        self.d = [torch.randn(o.shape).to(self.dtype).double() for o in outputs]
+        if self.cell.has_c and not use_c_seq:
+            self.d[3].zero_()
+        wanted = [self.gx, self.gh, self.h0] + ([self.c0] if self.cell.has_c else [])
+        dgx, dgh, dh0, *dc0 = torch.autograd.grad(outputs, wanted, self.d)
+        dgates = self.slots(dgx)
+        if self.cell.gates == 3:
+            dgates[..., 3] = self.slots(dgh)[..., 2]
+        return dgates, dh0, dc0[0] if dc0 else None
+
+    def to(self, x, dtype=None):
+        return None if x is None else x.detach().to(dtype or self.dtype).contiguous()
+
+
+def assert_close(got, want, dtype, what):
+    error = (got.double() - want).abs().max().item()
+    limit = TOLERANCE[dtype] * max(1.0, want.abs().max().item())
+    assert error <= limit, f"{what}: error {error:.2e}, allowed {limit:.2e}"
+
+
+def check_sweeps(p: Problem, plan, precision, use_c_seq):
+    """Both sweeps against the reference."""
+    D = len(p.reverse)
+    how = {"rows": p.rows, "reverse": p.reverse, "precision": precision, "plan": plan}
+    w, bias = p.to(p.w), p.to(p.bias) if p.name == "gru" else None
+    h0, c0 = p.to(p.h0), p.to(p.c0, torch.float32)
+    for save in (False, True):
+        gates = p.to(p.slots(p.gx))
+        before = gates.clone()
+        out = torch.full((p.rows.N, D * p.H), torch.nan, dtype=p.dtype)
+        h_n, c_n, c_seq = forward.forward_sweep(
+            p.name, gates, w, bias, h0, c0, out, save=save, **how
+        )
+        assert_close(out, p.out, p.dtype, "out")
+        assert_close(h_n, p.h_n, p.dtype, "h_n")
+        if p.cell.has_c:
+            assert_close(c_n, p.c_n, p.dtype, "c_n")
+        if not save:
+            assert c_seq is None
+            assert torch.equal(gates.nan_to_num(), before.nan_to_num())
+        elif p.cell.has_c:
+            assert_close(c_seq, p.c_seq, p.dtype, "c_seq")
+
+    dgates, dh0, dc0 = p.gradients(use_c_seq)
+    saved = [None if x is None else x.clone() for x in (gates, c_seq, out)]
+    d = [p.to(x) for x in p.d] + [None] * 2
+    got = backward.reverse_sweep(
+        p.name, gates, c_seq, out, w, h0, c0, d[0], d[1], d[2], d[3] if use_c_seq else None, **how
+    )
+    assert_close(got[0], dgates, p.dtype, "dgates")
+    assert_close(got[1], dh0, p.dtype, "dh0")
+    if p.cell.has_c:
+        assert_close(got[2], dc0, p.dtype, "dc0")
+    for x, kept in zip((gates, c_seq, out), saved, strict=True):
+        assert x is None or torch.equal(x, kept), "a saved tensor was modified"

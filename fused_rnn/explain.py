@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fused_rnn.base import FusedRNNBase
 from fused_rnn.dispatch import choose
 from fused_rnn.functional import autocast_dtype
-from fused_rnn.layers import FusedRNNBase
 from fused_rnn.problem import Layer
 from fused_rnn.rows import Rows
 

@@ -1,14 +1,12 @@
 """Swap torch.nn's recurrent layers inside a model for their fused twins, and back."""
 
 import warnings
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from fused_rnn.dispatch import Backend
-from fused_rnn.layers import FusedGRU, FusedLSTM, FusedRNN, FusedRNNBase
-
-Model = TypeVar("Model", bound=nn.Module)
+from fused_rnn.layers import FusedGRU, FusedLSTM, FusedRNN
 
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: FusedRNN,
@@ -80,6 +78,3 @@ def _twin(layer: nn.Module, cls: type[nn.Module], extra: dict[str, Any]) -> nn.M
     if isinstance(twin, nn.RNNBase):
         twin.flatten_parameters()
     return twin
-
-
-__all__ = ["FusedRNNBase", "fuse", "unfuse"]

@@ -35,6 +35,25 @@ def join_rows(x, y, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
+def through_weights(
+    w,
+    x,
+    init,
+    BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BATCH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`product` with the transposed weights, [BLOCK_H, BLOCK_B] in and out."""
+    if BATCH > 1:
+        init = tl.reshape(init, (BATCH, BLOCK_H // BATCH, BLOCK_B))
+    dh = product(w, x, init, BATCH, PRECISION)
+    if BATCH > 1:
+        dh = tl.reshape(dh, (BLOCK_H, BLOCK_B))
+    return dh
+
+
+@triton.jit
 def first_product(
     w,
     slots,
@@ -46,15 +65,10 @@ def first_product(
     PRECISION: tl.constexpr,
 ):
     """What the first two gates, or the only one, send through the transposed weights, plus init."""
-    if BATCH > 1:
-        init = tl.reshape(init, (BATCH, BLOCK_H // BATCH, BLOCK_B))
     x = slots[0].to(w.dtype)
     if G > 1:
         x = join_rows(x, slots[1].to(w.dtype), BLOCK_H, BLOCK_B)
-    dh = product(w, x, init, BATCH, PRECISION)
-    if BATCH > 1:
-        dh = tl.reshape(dh, (BLOCK_H, BLOCK_B))
-    return dh
+    return through_weights(w, x, init, BLOCK_H, BLOCK_B, BATCH, PRECISION)
 
 
 @triton.jit
@@ -69,15 +83,10 @@ def last_product(
     PRECISION: tl.constexpr,
 ):
     """The same for the other two gates; in GRU for one, which is in slot 3."""
-    if BATCH > 1:
-        init = tl.reshape(init, (BATCH, BLOCK_H // BATCH, BLOCK_B))
     x = slots[3].to(w.dtype)
     if G == 4:
         x = join_rows(slots[2].to(w.dtype), x, BLOCK_H, BLOCK_B)
-    dh = product(w, x, init, BATCH, PRECISION)
-    if BATCH > 1:
-        dh = tl.reshape(dh, (BLOCK_H, BLOCK_B))
-    return dh
+    return through_weights(w, x, init, BLOCK_H, BLOCK_B, BATCH, PRECISION)
 
 
 @triton.jit

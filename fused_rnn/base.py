@@ -1,0 +1,351 @@
+"""What the three layers share: parameters, checks, packing, the stack of layers."""
+
+import math
+import numbers
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import cells
+from fused_rnn.cells import Cell
+from fused_rnn.dispatch import Backend, check_backend
+from fused_rnn.functional import autocast_dtype, rnn_layer
+from fused_rnn.problem import Weights
+from fused_rnn.rows import Rows
+
+States = tuple[Tensor, ...]  # (h,) or (h, c), each [L*D, B, .]
+
+
+class FusedRNNBase(nn.Module):
+    """The common part of FusedRNN, FusedGRU and FusedLSTM.
+
+    It is no subclass of ``nn.RNNBase``: Dynamo refuses to trace those.
+    """
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+    backend: Backend
+    recompute: bool
+
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: Backend = "auto",
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dropout = float(dropout)
+        _check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
+        check_backend(backend)
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+        self.mode = mode
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        self.backend = backend
+        self.recompute = recompute
+
+        rows = self._cell.gates * hidden_size
+        carried = proj_size or hidden_size
+        shapes = {
+            "weight_ih": (rows, input_size),
+            "weight_hh": (rows, carried),
+            "bias_ih": (rows,),
+            "bias_hh": (rows,),
+            "weight_hr": (proj_size, hidden_size),
+        }
+        for layer, names in enumerate(self._names()):
+            if layer == self._directions:  # the first layer is done: the others read its output
+                shapes["weight_ih"] = (rows, carried * self._directions)
+            for name in names:
+                shape = shapes[name.rsplit("_l", 1)[0]]
+                parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    @property
+    def _cell(self) -> Cell:
+        return _CELLS[self.mode]
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _names(self) -> list[list[str]]:
+        """torch.nn's parameter names, one list for each layer and direction."""
+        kinds = ["weight_ih", "weight_hh"]
+        kinds += ["bias_ih", "bias_hh"] if self.bias else []
+        kinds += ["weight_hr"] if self.proj_size else []
+        return [
+            [f"{kind}_l{layer}{'_reverse' if d else ''}" for kind in kinds]
+            for layer in range(self.num_layers)
+            for d in range(self._directions)
+        ]
+
+    def _weights(self, layer: int) -> list[Weights]:
+        """The parameters of one layer, read afresh: nothing is cached past a change."""
+        found = []
+        for suffix in ("", "_reverse")[: self._directions]:
+            w_ih = getattr(self, f"weight_ih_l{layer}{suffix}")
+            w_hh = getattr(self, f"weight_hh_l{layer}{suffix}")
+            b_ih = getattr(self, f"bias_ih_l{layer}{suffix}") if self.bias else None
+            b_hh = getattr(self, f"bias_hh_l{layer}{suffix}") if self.bias else None
+            w_hr = getattr(self, f"weight_hr_l{layer}{suffix}") if self.proj_size else None
+            found.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
+        return found
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """The parameters of each layer and direction."""
+        return [[getattr(self, name) for name in names] for names in self._names()]
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing; for code written for torch.nn. These layers need no flat weight buffer."""
+
+    def extra_repr(self) -> str:
+        """torch.nn's, with the backend if it is not "auto"."""
+        parts = [f"{self.input_size}, {self.hidden_size}"]
+        defaults: dict[str, object] = {
+            "proj_size": 0,
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0,
+            "bidirectional": False,
+            "backend": "auto",
+            "recompute": False,
+        }
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if value != default:
+                parts.append(f"{name}={value!r}" if name == "backend" else f"{name}={value}")
+        return ", ".join(parts)
+
+    # ---- checks ---------------------------------------------------------------------------------
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raise torch.nn's error for an input [T, B, I] or packed [N, I] that does not fit."""
+        weight = self.weight_ih_l0
+        autocast = autocast_dtype(input.device) is not None
+        if input.dtype != weight.dtype and not autocast:
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), "
+                f"or convert model: model.to({input.dtype})"
+            )
+        dims = 2 if batch_sizes is not None else 3
+        if input.dim() != dims:
+            raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+        if self.input_size != input.size(-1):
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {input.size(-1)}"
+            )
+        if input.device != weight.device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor at "
+                f"{input.device} and parameter tensor at {weight.device}"
+            )
+        if input.size(0) == 0 or (dims == 3 and input.size(1 if self.batch_first else 0) == 0):
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def check_hidden_size(
+        self,
+        hx: Tensor,
+        expected: tuple[int, int, int],
+        msg: str = "Expected hidden size {}, got {}",
+    ) -> None:
+        """Raise torch.nn's error unless ``hx`` has the expected size."""
+        if hx.size() != expected:
+            raise RuntimeError(msg.format(expected, list(hx.size())))
+
+    def _check_states(self, input: Tensor, states: States, B: int) -> None:
+        names = ["hidden[0]", "hidden[1]"] if len(states) == 2 else ["hidden"]
+        widths = [self.proj_size or self.hidden_size, self.hidden_size]
+        autocast = autocast_dtype(input.device) is not None
+        for name, state, width in zip(names, states, widths, strict=False):
+            expected = (self.num_layers * self._directions, B, width)
+            self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")
+            if state.device != input.device:
+                raise RuntimeError(
+                    "Input and hidden tensors are not at the same device, found input tensor at "
+                    f"{input.device} and hidden tensor at {state.device}"
+                )
+            if state.dtype != input.dtype and not autocast:
+                raise RuntimeError(
+                    "Input and hidden tensors are not the same dtype, found input tensor with "
+                    f"{input.dtype} and hidden tensor with {state.dtype}"
+                )
+
+    def _check_dims(self, states: States, batched: bool) -> None:
+        """Raise torch.nn's error unless the states are 3-D, or 2-D for unbatched input."""
+        want = 3 if batched else 2
+        if all(s.dim() == want for s in states):
+            return
+        kind = "batched 3-D" if batched else "unbatched 2-D"
+        dims = [f"{s.dim()}-D" for s in states]
+        if len(states) == 2:
+            raise RuntimeError(
+                f"For {kind} input, hx and cx should also be {want}-D "
+                f"but got ({dims[0]}, {dims[1]}) tensors"
+            )
+        raise RuntimeError(f"For {kind} input, hx should also be {want}-D but got {dims[0]} tensor")
+
+    # ---- the stack of layers --------------------------------------------------------------------
+
+    def _run(
+        self, input: Tensor | PackedSequence, hx: States | None
+    ) -> tuple[Tensor | PackedSequence, States]:
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            self.check_input(data, batch_sizes)
+            rows = Rows.packed(batch_sizes)
+            if hx is not None:
+                self._check_states(data, hx, rows.B)
+                if sorted_indices is not None:
+                    hx = tuple(s.index_select(1, sorted_indices) for s in hx)
+            states = self._initial(data, rows.B) if hx is None else hx
+            out, states = self._stack(data, states, rows)
+            if unsorted_indices is not None:
+                states = tuple(s.index_select(1, unsorted_indices) for s in states)
+            return PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices), states
+
+        if input.dim() not in (2, 3):
+            suffix = " tensor instead" if self.mode.startswith("RNN") else " instead"
+            name = type(self).__name__.removeprefix("Fused")
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{suffix}")
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if hx is not None:
+            self._check_dims(hx, batched)
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            hx = None if hx is None else tuple(s.unsqueeze(1) for s in hx)
+        self.check_input(input, None)
+        x = input.transpose(0, 1) if self.batch_first else input
+        T, B, _ = x.shape
+        if hx is not None:
+            self._check_states(x, hx, B)
+        states = self._initial(x, B) if hx is None else hx
+        out, states = self._stack(x.reshape(T * B, -1), states, Rows(T, B))
+        out = out.view(T, B, -1)
+        if self.batch_first:
+            out = out.transpose(0, 1)
+        if not batched:
+            return out.squeeze(batch_dim), tuple(s.squeeze(1) for s in states)
+        return out, states
+
+    @property
+    def _state_widths(self) -> list[int]:
+        carried = self.proj_size or self.hidden_size
+        return [carried, self.hidden_size] if self._cell.has_c else [carried]
+
+    def _initial(self, x: Tensor, B: int) -> States:
+        count = self.num_layers * self._directions
+        return tuple(x.new_zeros(count, B, width) for width in self._state_widths)
+
+    def _stack(self, x: Tensor, states: States, rows: Rows) -> tuple[Tensor, States]:
+        """All layers, bottom up: ``x`` [N, I] to out [N, D*R] and the final states."""
+        D, cell = self._directions, self._cell
+        finals: list[States] = []
+        for layer in range(self.num_layers):
+            mine = states
+            if self.num_layers > 1:
+                mine = tuple(s[layer * D : (layer + 1) * D] for s in states)
+            weights = self._weights(layer)
+            c0 = mine[1] if cell.has_c else None
+            out = rnn_layer(cell, x, mine[0], c0, weights, rows, self.backend, self.recompute)
+            x = out.out
+            finals.append((out.h_n,) if out.c_n is None else (out.h_n, out.c_n))
+            if self.dropout > 0 and layer < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, self.training)
+        if self.num_layers == 1:
+            return x, finals[0]
+        return x, tuple(torch.cat(same) for same in zip(*finals, strict=True))
+
+
+_CELLS = {
+    "RNN_TANH": cells.RNN_TANH,
+    "RNN_RELU": cells.RNN_RELU,
+    "GRU": cells.GRU,
+    "LSTM": cells.LSTM,
+}
+
+
+def _check_arguments(
+    input_size: int,
+    hidden_size: int,
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    dropout: float,
+    proj_size: int,
+) -> None:
+    """torch.nn's checks of the constructor's arguments, in its order and words."""
+    number = isinstance(dropout, numbers.Number) and not isinstance(dropout, bool)
+    if not number or not 0 <= dropout <= 1:
+        raise ValueError(
+            "dropout should be a number in range [0, 1] "
+            "representing the probability of an element being zeroed"
+        )
+    if dropout > 0 and num_layers == 1:
+        warnings.warn(
+            "dropout option adds dropout after all but last recurrent layer, so non-zero dropout "
+            f"expects num_layers greater than 1, but got dropout={dropout} and "
+            f"num_layers={num_layers}",
+            stacklevel=4,
+        )
+    types: list[tuple[str, Any, type]] = [
+        ("bias", bias, bool),
+        ("batch_first", batch_first, bool),
+        ("input_size", input_size, int),
+        ("hidden_size", hidden_size, int),
+    ]
+    for name, value, kind in types:
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{name} should be of type {kind.__name__}, got: {type(value).__name__}"
+            )
+    for name, value in (
+        ("input_size", input_size),
+        ("hidden_size", hidden_size),
+        ("num_layers", num_layers),
+    ):
+        if value <= 0:
+            raise ValueError(f"{name} must be greater than zero")
+    if proj_size < 0:
+        raise ValueError("proj_size should be a positive integer or zero to disable projections")
+    if proj_size >= hidden_size:
+        raise ValueError("proj_size has to be smaller than hidden_size")

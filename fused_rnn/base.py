@@ -134,6 +134,10 @@ class FusedRNNBase(nn.Module):
     def flatten_parameters(self) -> None:
         """Do nothing; for code written for torch.nn. These layers need no flat weight buffer."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle, also of a version that did not know every attribute."""
+        super().__setstate__({"proj_size": 0, "backend": "auto", "recompute": False} | state)
+
     def extra_repr(self) -> str:
         """torch.nn's, with the backend if it is not "auto"."""
         parts = [f"{self.input_size}, {self.hidden_size}"]

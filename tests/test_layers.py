@@ -99,6 +99,17 @@ def test_copies(kind: str) -> None:
             assert torch.equal(found, expected)
 
 
+def test_pickle_of_an_older_version() -> None:
+    layer = FusedLSTM(3, 5)
+    state = layer.__getstate__()
+    for name in ("proj_size", "backend", "recompute"):
+        state = {k: v for k, v in state.items() if k != name}
+    restored = FusedLSTM.__new__(FusedLSTM)
+    restored.__setstate__(state)
+    x = torch.randn(4, 2, 3)
+    assert torch.equal(restored(x)[0], layer(x)[0])
+
+
 @every_layer
 def test_types_follow_the_input(kind: str) -> None:
     plain, fused = twins(kind, 3, 5, bidirectional=True)

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -36,6 +37,16 @@ def test_kernels_refuse_to_be_a_top_level_package(monkeypatch: pytest.MonkeyPatc
     assert importlib.import_module("fused_rnn.kernels")
     with pytest.raises(ImportError, match=r"import fused_rnn\.kernels"):
         importlib.import_module("kernels")
+
+
+def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert isinstance(names["output"], torch.Tensor)
+    assert names["output"].shape == (50, 8, 512)
+    assert "layer 1: cpu: oneDNN" in capsys.readouterr().out
 
 
 def test_docstring_examples() -> None:

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_rnn.kernels import backward, forward
+from fused_rnn.kernels import backward, cells, forward
 from fused_rnn.kernels.plan import LIMITS, SPECS, DoesNotFit, Limits, Plan, make_plan
 
 DTYPES: dict[str, Literal["ieee", "tf32"]] = {
@@ -102,7 +102,7 @@ def _arguments(
             types |= {"gates": x, "initial": types["states"]}
         if lstm:
             types |= {"dc_n": "*fp32", "dc0": "*fp32"}
-        constants |= {"FACTORS": backward.FACTORS[cell], "ADJOINT": backward.ADJOINTS[cell]}
+        constants |= {"FACTORS": cells.FACTORS[cell], "ADJOINT": cells.ADJOINTS[cell]}
     else:
         fn = forward.forward_kernel
         types |= dict.fromkeys(("gates", "h0", "out", "h_n"), x)
@@ -112,7 +112,7 @@ def _arguments(
             types |= {"c0": "*fp32", "c_n": "*fp32"}
             if kernel == "forward":
                 types["c_seq"] = "*fp32"
-        constants |= {"STEP": forward.STEPS[cell], "SAVE": kernel == "forward"}
+        constants |= {"STEP": cells.STEPS[cell], "SAVE": kernel == "forward"}
     for name in fn.arg_names:
         if name not in types and name not in constants:
             constants[name] = None

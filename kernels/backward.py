@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_rnn.kernels import cells
+from fused_rnn.kernels.cells import ADJOINTS, FACTORS
 from fused_rnn.kernels.forward import Rows
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
@@ -275,20 +275,6 @@ def backward_kernel(
     tl.store(dh0 + first_row + first_at, dh.to(dh0.dtype.element_ty), mask=mine)
     if STATES == 2:
         tl.store(dc0 + first_row + first_at, dc.to(dc0.dtype.element_ty), mask=mine)
-
-
-FACTORS = {
-    "rnn_tanh": cells.rnn_tanh_factors,
-    "rnn_relu": cells.rnn_relu_factors,
-    "gru": cells.gru_factors,
-    "lstm": cells.lstm_factors,
-}
-ADJOINTS = {
-    "rnn_tanh": cells.rnn_adjoint,
-    "rnn_relu": cells.rnn_adjoint,
-    "gru": cells.gru_adjoint,
-    "lstm": cells.lstm_adjoint,
-}
 
 
 def reverse_sweep(

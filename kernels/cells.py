@@ -98,3 +98,24 @@ def lstm_factors(saved, now, before, FAST: tl.constexpr):
 def lstm_adjoint(k, dh, dc, none):
     dc += dh * k[4]
     return (dc * k[0], dc * k[1], dc * k[2], dh * k[3]), none, dc * k[5]
+
+
+# What the kernels are given of each cell; `plan.SPECS` has its numbers.
+STEPS = {
+    "rnn_tanh": rnn_tanh_step,
+    "rnn_relu": rnn_relu_step,
+    "gru": gru_step,
+    "lstm": lstm_step,
+}
+FACTORS = {
+    "rnn_tanh": rnn_tanh_factors,
+    "rnn_relu": rnn_relu_factors,
+    "gru": gru_factors,
+    "lstm": lstm_factors,
+}
+ADJOINTS = {
+    "rnn_tanh": rnn_adjoint,
+    "rnn_relu": rnn_adjoint,
+    "gru": gru_adjoint,
+    "lstm": lstm_adjoint,
+}

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_rnn.kernels import cells
+from fused_rnn.kernels.cells import STEPS
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
     from_memory,
@@ -184,14 +184,6 @@ def forward_kernel(
     tl.store(h_n + first_row + first_at, state[0].to(h_n.dtype.element_ty), mask=mine)
     if STATES == 2:
         tl.store(c_n + first_row + first_at, state[1].to(c_n.dtype.element_ty), mask=mine)
-
-
-STEPS = {
-    "rnn_tanh": cells.rnn_tanh_step,
-    "rnn_relu": cells.rnn_relu_step,
-    "gru": cells.gru_step,
-    "lstm": cells.lstm_step,
-}
 
 
 def forward_sweep(

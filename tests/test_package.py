@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,8 +21,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_wheel_holds_the_kernels_inside_the_package(tmp_path: Path) -> None:
+    # A copy, since setuptools leaves a build folder behind and takes stale files from it.
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns(".git", ".venv*", "build", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=skip)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path]
-    subprocess.run([*map(str, command), str(ROOT)], check=True, capture_output=True, cwd=tmp_path)
+    subprocess.run([*map(str, command), str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert fused_rnn.__version__ in wheel.name
     names = zipfile.ZipFile(wheel).namelist()

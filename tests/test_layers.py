@@ -202,7 +202,7 @@ BAD_CALLS = {
 def test_call_errors_are_torchs(kind: str, case: str) -> None:
     plain, fused = twins(kind, 3, 5)
     if kind == "lstm" and case.startswith("packed"):
-        plain, _ = twins("gru", 3, 5)  # nn.LSTM does not check these and reads past the end
+        plain, _ = twins("gru", 3, 5)  # nn.LSTM does not check these
     with pytest.raises((RuntimeError, ValueError)) as expected:
         plain(*BAD_CALLS[case]("gru" if isinstance(plain, nn.GRU) else kind))
     message = str(expected.value)

@@ -1,8 +1,8 @@
 """The GRU's and LSTM's sweeps on the CPU, chunk by chunk, in blocks of [units, batch].
 
 Time is cut into chunks whose buffers are used again: gates in inference, gate gradients and all
-temporaries in the reverse sweep. A training step of the GRU with T, B, I, H = 256, 32, 256, 256 took
-264 ms in chunks of 2048 rows, 305 ms in one piece and 291 ms in chunks of 256.
+temporaries in the reverse sweep. A training step of the GRU with T, B, I, H = 256, 32, 256, 256
+took 264 ms in chunks of 2048 rows, 305 ms in one piece and 291 ms in chunks of 256.
 The products with the inputs are made chunk by chunk, too, while their operands are in the cache.
 A chunk never spans a change of the batch size: within one, ragged batches are no special case.
 """

@@ -37,8 +37,9 @@ def join_rows(x, y, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def operands(slots, dtype, G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
-    """What goes through the transposed weights: of the first two gates, or the only one, and of
-    the others; in GRU of one other, which is in slot 3.
+    """What goes through the transposed weights: of the first two gates or the only one; the others.
+
+    GRU has one other, in slot 3.
     """
     x = slots[0].to(dtype)
     y = x
@@ -264,7 +265,7 @@ def backward_kernel(
                 a = load_weights(w, None, u0, i, 2, G - 2, H, BLOCK_H, BLOCK_K, 1, MS, True)
                 ws_last = ws_last + (a,)
     if MEMBERS > 1:
-        dh += tl.sum(nothing, axis=0)[None, :]
+        dh += tl.sum(nothing)  # a scalar: its layout is to reach nothing
     else:
         dh = nothing
     none = pin(none, dh, zero)
@@ -374,6 +375,13 @@ def backward_kernel(
         tl.store(dc0 + first_row + first_at, dc.to(dc0.dtype.element_ty), mask=mine)
 
 
+def plan_constants(plan: Plan) -> dict[str, int]:
+    """The constexpr arguments that this sweep alone takes from a plan."""
+    # As many members' partial sums at a time as fill the threads with 16 bytes each.
+    together = 128 * plan.warps // (plan.block_h * plan.block_b)
+    return {"MS": plan.k_split * plan.m_split, "TOGETHER": max(1, min(8, together))}
+
+
 def reverse_sweep(
     cell: str,
     gates: Tensor | None,
@@ -427,8 +435,6 @@ def reverse_sweep(
         groups = max(tiles * directions for _, tiles, _, directions in plan.launches(rows.B, D))
         size = 2 * plan.members**2 * plan.block_h * plan.block_b
         partials = torch.empty(groups * size, dtype=torch.float32, device=out.device)
-    # As many members' partial sums at a time as fill the threads with 16 bytes each.
-    together = 128 * plan.warps // (plan.block_h * plan.block_b)
     launch(
         backward_kernel,
         plan,
@@ -458,8 +464,7 @@ def reverse_sweep(
         G=spec.gates,
         STATES=spec.states,
         H=H,
-        MS=plan.k_split * plan.m_split,
-        TOGETHER=max(1, min(8, together)),
         PRECISION=precision,
+        **plan_constants(plan),
     )
     return dgates, dh0, dc0

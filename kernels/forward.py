@@ -246,6 +246,11 @@ def forward_kernel(
         tl.store(c_n + first_row + first_at, state[1].to(c_n.dtype.element_ty), mask=mine)
 
 
+def plan_constants(plan: Plan) -> dict[str, int]:
+    """The constexpr arguments that this sweep alone takes from a plan."""
+    return {"KS": plan.k_split, "MS": plan.m_split}
+
+
 def forward_sweep(
     cell: str,
     gates: Tensor,
@@ -317,8 +322,7 @@ def forward_sweep(
         STATES=spec.states,
         H=H,
         SAVE=save,
-        KS=plan.k_split,
-        MS=plan.m_split,
         PRECISION=precision,
+        **plan_constants(plan),
     )
     return h_n, c_n, c_seq

@@ -42,9 +42,29 @@ def wait(counters, step, members):
     tl.debug_barrier()
 
 
-def launch(
-    kernel: Any, plan: Plan, B: int, D: int, device: torch.device, **arguments: Any
-) -> None:
+def sweep_constants(plan: Plan, D: int) -> dict[str, Any]:
+    """The constexpr arguments that both sweeps take from a plan."""
+    return {
+        "D": D,
+        "MEMBERS": plan.members,
+        "BLOCK_H": plan.block_h,
+        "BLOCK_K": plan.block_k,
+        "BLOCK_B": plan.block_b,
+        "REGISTERS": plan.chunks,
+        "STREAM": plan.regime == "streamed",
+        "FAST": plan.fast,
+    }
+
+
+def launch_options(plan: Plan) -> dict[str, Any]:
+    """What the compiler is told beside the arguments."""
+    options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if plan.members > 1:
+        options["launch_cooperative_grid"] = True
+    return options
+
+
+def launch(kernel: Any, plan: Plan, B: int, D: int, device: torch.device, **arguments: Any) -> None:
     """Launch a sweep for all batch tiles and directions, as often as the plan says.
 
     The counters belong to this call, so that streams, threads and replayed graphs share none.
@@ -56,26 +76,16 @@ def launch(
     if plan.members > 1:
         tiles = -(-B // plan.block_b)
         counters = torch.zeros(tiles * D * 2 * LINE.value, dtype=torch.int32, device=device)
-        arguments["launch_cooperative_grid"] = True
-    for first_tile, tiles, first_direction, directions in plan.launches(B, D):
-        try:
+    try:
+        for first_tile, tiles, first_direction, directions in plan.launches(B, D):
             kernel[(plan.members, tiles, directions)](
                 counters=counters,
                 first_tile=first_tile,
                 first_direction=first_direction,
                 B=B,
-                D=D,
-                MEMBERS=plan.members,
-                BLOCK_H=plan.block_h,
-                BLOCK_K=plan.block_k,
-                BLOCK_B=plan.block_b,
-                REGISTERS=plan.chunks,
-                STREAM=plan.regime == "streamed",
-                FAST=plan.fast,
-                num_warps=plan.warps,
-                num_stages=1,
-                enable_fp_fusion=True,
+                **sweep_constants(plan, D),
                 **arguments,
+                **launch_options(plan),
             )
-        except RuntimeError as error:
-            raise RuntimeError(f"a sweep was not launched, planned as {plan}: {error}") from error
+    except RuntimeError as error:
+        raise RuntimeError(f"a sweep was not launched, planned as {plan}: {error}") from error

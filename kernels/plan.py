@@ -1,4 +1,4 @@
-"""The plan of a sweep: which regime, tiles, how many programs, where the weights stay. Plain Python.
+"""The plan of a sweep: regime, tiles, number of programs, where the weights stay. Plain Python.
 
 Three regimes, one pair of kernels:
 
@@ -21,6 +21,7 @@ from typing import Literal
 
 Regime = Literal["persistent", "cooperative", "streamed"]
 WORKING = 120  # registers per thread beside the weights: 80 to 115 in the compiled kernels
+WORKING_SHARED = 155  # the same if tiles from shared memory pass through registers, too
 MOST_CHUNKS = 8  # of h in registers, see `weights.load_h`
 MOST_WORK = 1.35  # padded over needed, if a group can have less
 STAGES = 3  # tiles of streamed weights under way
@@ -129,6 +130,7 @@ class Plan:
         weight_registers: registers per thread that hold weights, or would.
         shared: bytes of shared memory that the program may need.
         work: padded multiply-adds of a step over the needed ones.
+        why: why not fewer programs.
         step_us: a guess of both sweeps' time per step in microseconds, all launches together;
             it ranks plans and is no measurement.
     """
@@ -150,6 +152,15 @@ class Plan:
     shared: int
     work: float = field(compare=False)
     step_us: float = field(compare=False)
+    why: str = field(compare=False, default="")
+
+    @property
+    def reason(self) -> str:
+        """The plan and what led to it."""
+        text = f"{self}; {self.weight_registers} registers of a thread hold weights, "
+        text += f"up to {self.shared // _K} KiB of shared memory, {self.work:.2f} of the products"
+        text += " that are needed"
+        return f"{text}. {self.why}" if self.why else text
 
     def launches(self, B: int, D: int) -> Iterator[tuple[int, int, int, int]]:
         """First batch tile and number of tiles, first direction and number of them, per launch."""
@@ -239,7 +250,7 @@ def plans(
     found: list[Plan] = []
     try:
         found.append(_persistent(case))
-        refusal = ""
+        refusal = "One program could hold the weights, but a group takes less time"
     except DoesNotFit as reason:
         refusal = str(reason)
     if limits.groups:
@@ -249,10 +260,9 @@ def plans(
             found += _streamed(case)
     if not found:
         if not limits.groups:
-            refusal += (
-                f"; on {limits.target} programs do not wait for each other, so one has to suffice"
-            )
+            refusal += ", and a group of programs cannot run here"
         raise DoesNotFit(refusal)
+    found = [plan if plan.members == 1 else replace(plan, why=refusal) for plan in found]
     return sorted(found, key=lambda plan: plan.step_us)
 
 
@@ -337,14 +347,18 @@ def _cooperative(case: _Case) -> Iterator[Plan]:
     for block_h, warps in product((16, 32, 64), (2, 4, 8)):
         members = -(-H // block_h)
         m_split = max(1, min(warps // 2, block_h // rows, warps * block_h // 64))
+        if H > 1024:  # a thread's part of h is long: each warp takes another part
+            m_split = 1
         k_split = warps // m_split
-        widths = _chunks(H, k_split * (16 if itemsize == 2 else 8))
+        widths = _chunks(H, 16 * warps)  # in the reverse sweep a warp needs 16 rows
         for block_k, block_b in product(widths, (8, 16)):
-            if members < 2 or (block_b > 8 and case.B <= block_b // 2):
+            if members < 2 or (block_b > 8 and block_b // 2 >= case.B):
                 continue
             count = -(-H // block_k)
             tile_registers = gates * block_h * block_k * itemsize // (128 * warps)
-            chunks = min(count, (limits.registers - WORKING) // tile_registers)
+            chunks = count
+            if count * tile_registers > limits.registers - WORKING:
+                chunks = (limits.registers - WORKING_SHARED) // tile_registers
             tile = min(2, gates) * block_h * block_k * itemsize
             kept = (count - chunks) * gates * block_h * block_k * itemsize
             shared = kept + tile + _exchange(case, block_h, block_k, block_b, k_split, warps)
@@ -373,7 +387,7 @@ def _streamed(case: _Case) -> Iterator[Plan]:
     H, itemsize, limits, gates = case.H, case.itemsize, case.limits, case.gates
     warps = 4
     for block_h in (16, 32, 64, 128):
-        for block_k in (32, 64):
+        for block_k in (16, 32, 64):
             tile = gates * block_h * block_k * itemsize
             shared = STAGES * (tile + 2 * block_k * 8 * itemsize)
             shared += _exchange(case, block_h, block_k, 8, 1, warps)
@@ -445,7 +459,7 @@ def step_cycles(case: _Case, plan: Plan) -> float:
         300 cycles   a load that hits L2 (the same paper: 260 to 280, and the way back)
         0.65 us      release to acquire between programs (gru-qat's README, measured on an H100)
         400 cycles   block barriers, conversions between layouts; 150 more where there are more
-                     threads than units, 25 per tile of weights, 35 per slot and sequence of a
+                     threads than units, 50 per tile of weights, 35 per slot and sequence of a
                      thread for the pointwise part (fitted to estimates from our machine code)
     """
     limits = case.limits
@@ -455,7 +469,7 @@ def step_cycles(case: _Case, plan: Plan) -> float:
     fma = 16 if case.itemsize == 2 else 8
     wide = plan.block_b // 8
     local = 2 * (400 + 35 * slots * elements)
-    local += 50 * columns / plan.block_k
+    local += 100 * columns / plan.block_k
     if plan.block_h * plan.block_b < plan.warps * limits.warp:
         local += 2 * 150  # threads without a unit of their own: more conversions
     if case.ieee:  # a multiply-add per thread and cycle, four warps at a time

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 
-
 @triton.jit
 def tanh(x, FAST: tl.constexpr):
     """FAST: one instruction, relative error 2^-11. Otherwise absolute error below 2e-7, any x."""

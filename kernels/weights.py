@@ -1,9 +1,9 @@
 """The recurrent weights of a program, and the products with them.
 
-A program owns BLOCK_H hidden units. Of each gate it holds their rows of the weights, cut along all H
-units into chunks of BLOCK_K, the first two gates of a cell apart from the others. The left operand
-of every product is a tile of weights, the right one has a column for each sequence, so that a batch
-tile of 8 fills the tensor cores.
+A program owns BLOCK_H hidden units. Of each gate it holds their rows of the weights, cut along all
+H units into chunks of BLOCK_K, the first two gates of a cell apart from the others. The left
+operand of every product is a tile of weights, the right one has a column for each sequence, so that
+a batch tile of 8 fills the tensor cores.
 """
 
 import triton
@@ -27,8 +27,10 @@ def load_weights(
     MS: tl.constexpr,
     TRANSPOSE: tl.constexpr,
 ):
-    """A left operand: gates FIRST .. FIRST + GATES - 1 of w [G * H, H], in torch's order, between
-    BLOCK_H units from u0, which this program owns, and a chunk of BLOCK_K units of all.
+    """A left operand: a tile of gates FIRST .. FIRST + GATES - 1 of w [G * H, H], in torch's order.
+
+    It lies between BLOCK_H units from u0, which this program owns, and a chunk of all units.
+
 
     Forward  [GATES * BLOCK_H, BLOCK_K]: row = gate * BLOCK_H + unit, so that with 16 * num_warps
              units, or fewer warps, all gates of a unit end up in one thread.
@@ -45,10 +47,11 @@ def load_weights(
     row = tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, COLS)[None, :]
     part = 0
-    if KS * MS > 1:
-        row = row[None, :, :]
-        col = col[None, :, :] + (tl.arange(0, KS * MS)[:, None, None] // MS) * COLS
-        part = tl.arange(0, KS * MS)[:, None, None] % MS
+    if KS * MS > 1:  # the slices between rows and columns: else their rows would interleave in
+        slices = tl.arange(0, KS * MS)[None, :, None]  # shared memory, all in the same banks
+        row = row[:, None, :]
+        col = col[:, None, :] + (slices // MS) * COLS
+        part = slices % MS
     if TRANSPOSE:
         k = chunk * BLOCK_K + part * ROWS + row
         gate = col // BLOCK_H
@@ -60,6 +63,8 @@ def load_weights(
         unit = u0 + part * UNITS + row % UNITS
         at = ((FIRST + gate) * H + unit) * H + k
     tile = tl.load(w + at, mask=(unit < H) & (k < H), other=0.0)
+    if KS * MS > 1:
+        tile = tl.permute(tile, (1, 0, 2))
     if scale is not None:
         tile = (tile.to(tl.float32) * scale).to(w.dtype.element_ty)
     return tile
@@ -90,7 +95,7 @@ def product(w, x, init, KS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.conste
 
 @triton.jit
 def add_products(ws, xs, acc, KS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + the products of all chunks; acc may be None."""
+    """Acc + the products of all chunks; acc may be None."""
     for i in tl.static_range(len(ws)):
         acc = product(ws[i], xs[i], acc, KS, MS, PRECISION)
     return acc
@@ -160,7 +165,7 @@ def stream_product(
 
 @triton.jit
 def load_h(at, running, H: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr):
-    """h of all units from a row of each sequence, in chunks [BLOCK_K, BLOCK_B].
+    """H of all units from a row of each sequence, in chunks [BLOCK_K, BLOCK_B].
 
     One load that is then cut: its latency counts once, and it crosses shared memory once.
     """
@@ -190,9 +195,7 @@ def load_h(at, running, H: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.const
 
 
 @triton.jit
-def gate_tiles(
-    acc, GATES: tl.constexpr, BLOCK_H: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr
-):
+def gate_tiles(acc, GATES: tl.constexpr, BLOCK_H: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr):
     """A forward product to [BLOCK_H, BLOCK_B, GATES, KS], without the last two where they are 1."""
     UNITS: tl.constexpr = BLOCK_H // MS
     BLOCK_B: tl.constexpr = acc.shape[len(acc.shape) - 1]
@@ -216,7 +219,7 @@ def add_slices(x, S: tl.constexpr, KS: tl.constexpr):
     BLOCK_H: tl.constexpr = x.shape[0]
     BLOCK_B: tl.constexpr = x.shape[1]
     for i in tl.static_range(3):
-        if KS > (1 << i):
+        if (1 << i) < KS:
             if S == 1:
                 a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_B, KS // (2 << i), 2)))
             else:
@@ -230,7 +233,9 @@ def add_slices(x, S: tl.constexpr, KS: tl.constexpr):
 
 
 @triton.jit
-def join_gates(first, last, G: tl.constexpr, BLOCK_H: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr):
+def join_gates(
+    first, last, G: tl.constexpr, BLOCK_H: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr
+):
     """The products of both weight tiles to the slots of a cell, as `tiles.from_memory` has them."""
     first = gate_tiles(first, 2 if G > 1 else 1, BLOCK_H, KS, MS)
     if G > 1:

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import cells
+from fused_rnn import cells, ops
 from fused_rnn.cells import Cell
 from fused_rnn.dispatch import Backend, check_backend
 from fused_rnn.functional import autocast_dtype, rnn_layer
+from fused_rnn.ops import TracedRows
 from fused_rnn.problem import Weights
 from fused_rnn.rows import Rows
 
@@ -235,7 +236,8 @@ class FusedRNNBase(nn.Module):
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             self.check_input(data, batch_sizes)
-            rows = Rows.packed(batch_sizes)
+            traced = ops.tracing()
+            rows = TracedRows.packed(input, hx) if traced else Rows.packed(batch_sizes)
             if hx is not None:
                 self._check_states(data, hx, rows.B)
                 if sorted_indices is not None:
@@ -263,8 +265,11 @@ class FusedRNNBase(nn.Module):
         if hx is not None:
             self._check_states(x, hx, B)
         states = self._initial(x, B) if hx is None else hx
-        out, states = self._stack(x.reshape(T * B, -1), states, Rows(T, B))
-        out = out.view(T, B, -1)
+        if ops.tracing():  # the operators take the batch as it is
+            out, states = self._stack(x, states, TracedRows(B))
+        else:
+            out, states = self._stack(x.reshape(T * B, -1), states, Rows(T, B))
+            out = out.view(T, B, -1)
         if self.batch_first:
             out = out.transpose(0, 1)
         if not batched:
@@ -280,7 +285,7 @@ class FusedRNNBase(nn.Module):
         count = self.num_layers * self._directions
         return tuple(x.new_zeros(count, B, width) for width in self._state_widths)
 
-    def _stack(self, x: Tensor, states: States, rows: Rows) -> tuple[Tensor, States]:
+    def _stack(self, x: Tensor, states: States, rows: Rows | TracedRows) -> tuple[Tensor, States]:
         """All layers, bottom up: ``x`` [N, I] to out [N, D*R] and the final states."""
         D, cell = self._directions, self._cell
         finals: list[States] = []

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from fused_rnn import cpu, onednn, triton_backend
-from fused_rnn.problem import Engine, Layer
+from fused_rnn.problem import Engine, Layer, Saved
 
 Backend = Literal["auto", "triton", "cpu", "eager"]
 
@@ -33,6 +33,15 @@ def check_backend(backend: str) -> None:
     """Raise ValueError unless ``backend`` names one."""
     if backend not in get_args(Backend):
         raise ValueError(f"Unknown backend '{backend}'. Select from {get_args(Backend)}.")
+
+
+def choose_for(layer: Layer, inputs: Saved, backend: Backend) -> Choice:
+    """Choose for ``inputs`` as in :class:`fused_rnn.problem.Engine`."""
+    x, w_hh, w_hr = inputs[0], inputs[4], inputs[7]
+    assert x is not None
+    assert w_hh is not None
+    H = w_hh.shape[0] // layer.cell.gates
+    return choose(layer, x.device, x.dtype, H, w_hr is not None, backend)
 
 
 def choose(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from fused_rnn import dispatch, reference
+from fused_rnn import dispatch, reference, step
 from fused_rnn.dispatch import Backend
 from fused_rnn.problem import Engine, Grads, Layer, Outputs, Saved
 
@@ -73,13 +73,17 @@ def forward_mode() -> bool:
 
 def run(layer: Layer, inputs: Saved, backend: Backend) -> Outputs:
     """Run one layer, through autograd if a gradient may be asked for."""
-    engine = dispatch.choose_for(layer, inputs, backend).engine
+    record = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
+    choice = dispatch.choose_for(layer, inputs, backend, record)
+    engine = choice.engine
     if engine is None:
+        if choice.step:
+            return step.forward(layer, inputs)
         if layer.recompute and torch.is_grad_enabled():
             found: Any = checkpoint(reference.run, layer, inputs, use_reentrant=False)
             return Outputs(*found)
         return reference.run(layer, inputs)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if record:
         return Outputs(*LayerFunction.apply(engine, layer, *inputs))
     outputs, _ = engine.forward(layer, inputs, save=False)
     return outputs

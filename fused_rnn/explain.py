@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -59,9 +60,11 @@ def explain(layer: FusedRNNBase, x: Tensor | PackedSequence) -> Explanations:
         layer.check_input(data, None)
         rows = Rows(data.shape[1 - batch_dim], data.shape[batch_dim])
     dtype = autocast_dtype(data.device) or data.dtype
+    record = torch.is_grad_enabled()
+    record = record and (data.requires_grad or any(p.requires_grad for p in layer.parameters()))
     problem = Layer(layer._cell, rows, layer._directions, layer.recompute)
     choice = choose(
-        problem, data.device, dtype, layer.hidden_size, layer.proj_size > 0, layer.backend
+        problem, data.device, dtype, layer.hidden_size, layer.proj_size > 0, layer.backend, record
     )
     return Explanations(
         Explanation(number, choice.backend, choice.reason) for number in range(layer.num_layers)

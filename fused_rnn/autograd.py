@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_rnn import dispatch, reference, step
 from fused_rnn.dispatch import Backend
+from fused_rnn.precision import without_autocast
 from fused_rnn.problem import Engine, Grads, Layer, Outputs, Saved
 
 
@@ -36,9 +37,12 @@ class LayerFunction(torch.autograd.Function):
         grads, needs = (dout, dh_n, dc_n), ctx.needs_input_grad[2:]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled() or forward_mode():
-            return None, None, *_differentiable(layer, inputs, grads, needs)
-        found = engine.backward(layer, inputs, Outputs(*rest[:3]), rest[3:], grads, needs)
+        with without_autocast(inputs[0].device):  # in which backward may have been called
+            if torch.is_grad_enabled() or forward_mode():
+                found = _differentiable(layer, inputs, grads, needs)
+            else:
+                outputs, saved = Outputs(*rest[:3]), rest[3:]
+                found = engine.backward(layer, inputs, outputs, saved, grads, needs)
         return None, None, *found
 
 

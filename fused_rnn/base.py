@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import cells, ops
 from fused_rnn.cells import Cell
 from fused_rnn.dispatch import Backend, check_backend
-from fused_rnn.functional import autocast_dtype, rnn_layer
+from fused_rnn.functional import rnn_layer
 from fused_rnn.ops import TracedRows
+from fused_rnn.precision import autocast_dtype
 from fused_rnn.problem import Weights
 from fused_rnn.rows import Rows
 
@@ -189,7 +190,7 @@ class FusedRNNBase(nn.Module):
         ``weight`` is weight_ih_l0 where the caller has read it already.
         """
         like: Any = self.weight_ih_l0 if weight is None else weight
-        autocast = autocast_dtype(input.device) is not None
+        autocast = autocast_dtype(input) is not None and like.dtype != torch.float64
         if input.dtype != like.dtype and not autocast:
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({like.dtype}). "
@@ -225,7 +226,7 @@ class FusedRNNBase(nn.Module):
     def _check_states(self, input: Tensor, states: States, B: int) -> None:
         names = ["hidden[0]", "hidden[1]"] if len(states) == 2 else ["hidden"]
         widths = [self.proj_size or self.hidden_size, self.hidden_size]
-        autocast = autocast_dtype(input.device) is not None
+        autocast = autocast_dtype(input) is not None
         for name, state, width in zip(names, states, widths, strict=False):
             expected = (self.num_layers * self._directions, B, width)
             self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")
@@ -234,7 +235,7 @@ class FusedRNNBase(nn.Module):
                     "Input and hidden tensors are not at the same device, found input tensor at "
                     f"{input.device} and hidden tensor at {state.device}"
                 )
-            if state.dtype != input.dtype and not autocast:
+            if state.dtype != input.dtype and not (autocast and state.dtype != torch.float64):
                 raise RuntimeError(
                     "Input and hidden tensors are not the same dtype, found input tensor with "
                     f"{input.dtype} and hidden tensor with {state.dtype}"

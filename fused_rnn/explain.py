@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.base import FusedRNNBase
 from fused_rnn.dispatch import choose
-from fused_rnn.functional import autocast_dtype
+from fused_rnn.precision import autocast_dtype
 from fused_rnn.problem import Layer
 from fused_rnn.rows import Rows
 
@@ -59,7 +59,7 @@ def explain(layer: FusedRNNBase, x: Tensor | PackedSequence) -> Explanations:
         data = x.unsqueeze(batch_dim) if x.dim() == 2 else x
         layer.check_input(data, None)
         rows = Rows(data.shape[1 - batch_dim], data.shape[batch_dim])
-    dtype = autocast_dtype(data.device) or data.dtype
+    dtype = autocast_dtype(data) or data.dtype
     record = torch.is_grad_enabled()
     record = record and (data.requires_grad or any(p.requires_grad for p in layer.parameters()))
     problem = Layer(layer._cell, rows, layer._directions, layer.recompute)

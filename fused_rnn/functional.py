@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fused_rnn import ops, transforms
 from fused_rnn.cells import Cell
 from fused_rnn.dispatch import Backend
 from fused_rnn.ops import TracedRows
+from fused_rnn.precision import autocast_dtype, without_autocast
 from fused_rnn.problem import Layer, Outputs, Saved, Weights
 from fused_rnn.rows import Rows
 
@@ -45,22 +45,12 @@ def rnn_layer(
         ValueError: ``backend`` is not a backend's name.
     """
     inputs = (x, h0, c0, *(p for w in weights for p in w))
-    dtype = autocast_dtype(x.device)
+    dtype = autocast_dtype(x)
     if dtype is None:
         return _run(cell, rows, len(weights), recompute, inputs, backend)
     inputs = tuple([t if t is None else t.to(dtype) for t in inputs])
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return _run(cell, rows, len(weights), recompute, inputs, backend)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on ``device``, or None where it is off."""
-    kind = device.type
-    if kind == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return None
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
 
 
 def _run(

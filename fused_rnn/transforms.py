@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_rnn import autograd, dispatch, reference
 from fused_rnn.autograd import forward_mode
 from fused_rnn.dispatch import Backend
+from fused_rnn.precision import without_autocast
 from fused_rnn.problem import Grads, Layer, Outputs, Saved
 from fused_rnn.rows import Rows
 
@@ -68,10 +69,12 @@ class _Layer(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         grads = (*grads, None)[:3]
-        if forward_mode():
-            return None, None, *vjp(ctx.layer, ctx.saved_tensors, grads, needs)
-        found = iter(_Gradients.apply(ctx.layer, ctx.backend, needs, *grads, *ctx.saved_tensors))
-        return None, None, *(next(found) if need else None for need in needs)
+        layer, inputs = ctx.layer, ctx.saved_tensors
+        with without_autocast(inputs[0].device):
+            if forward_mode():
+                return None, None, *vjp(layer, inputs, grads, needs)
+            found = iter(_Gradients.apply(layer, ctx.backend, needs, *grads, *inputs))
+            return None, None, *(next(found) if need else None for need in needs)
 
     @staticmethod
     def vmap(
@@ -119,8 +122,8 @@ class _Gradients(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         call = _gradients(ctx.layer, ctx.needs)
         call, wanted = _function_of(call, ctx.saved_tensors, needs)
-        pull = torch.func.vjp(call, *wanted)[1]
-        found = iter(pull(grads))
+        with without_autocast(grads[0].device):
+            found = iter(torch.func.vjp(call, *wanted)[1](grads))
         return None, None, None, *(next(found) if need else None for need in needs)
 
     @staticmethod

@@ -5,8 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
-from fused_rnn import reference
+from fused_rnn import dispatch, reference, step
+from fused_rnn.dispatch import Backend
+from fused_rnn.precision import without_autocast
 from fused_rnn.problem import Engine, Grads, Layer, Outputs, Saved
 
 
@@ -33,9 +37,12 @@ class LayerFunction(torch.autograd.Function):
         grads, needs = (dout, dh_n, dc_n), ctx.needs_input_grad[2:]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled():
-            return None, None, *_differentiable(layer, inputs, grads, needs)
-        found = engine.backward(layer, inputs, Outputs(*rest[:3]), rest[3:], grads, needs)
+        with without_autocast(inputs[0].device):  # in which backward may have been called
+            if torch.is_grad_enabled() or forward_mode():
+                found = _differentiable(layer, inputs, grads, needs)
+            else:
+                outputs, saved = Outputs(*rest[:3]), rest[3:]
+                found = engine.backward(layer, inputs, outputs, saved, grads, needs)
         return None, None, *found
 
 
@@ -43,13 +50,12 @@ def _differentiable(
     layer: Layer, inputs: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> Grads:
     """The same gradients through the eager loop, so that they can be differentiated again."""
-    # An own node for each input: one tensor may stand in two places (tied weights), and the
-    # gradient of the one must not hold the other's, too.
-    inputs = tuple(t if t is None else t.view_as(t) for t in inputs)
-    x, h0, c0, *weights = inputs
-    assert x is not None
-    assert h0 is not None
-    outputs = reference.forward(layer, x, h0, c0, *weights)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # An own node for each input: one tensor may stand in two places (tied weights), and the
+        # gradient of the one must not hold the other's, too.
+        inputs = tuple(t if t is None else t.view_as(t) for t in inputs)
+        outputs = reference.run(layer, inputs)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     found = iter(
@@ -57,16 +63,31 @@ def _differentiable(
             [o for o, _ in pairs],
             wanted,
             [g for _, g in pairs],
-            create_graph=True,
+            create_graph=create_graph,
             allow_unused=True,
         )
     )
     return tuple(next(found) if need else None for need in needs)
 
 
-def run(engine: Engine, layer: Layer, inputs: Saved) -> Outputs:
-    """Run ``engine``, through autograd if a gradient may be asked for."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+def forward_mode() -> bool:
+    """Whether a forward-mode derivative may be asked for: none has an engine for it."""
+    return forward_ad._current_level >= 0
+
+
+def run(layer: Layer, inputs: Saved, backend: Backend) -> Outputs:
+    """Run one layer, through autograd if a gradient may be asked for."""
+    record = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
+    choice = dispatch.choose_for(layer, inputs, backend, record)
+    engine = choice.engine
+    if engine is None:
+        if choice.step:
+            return step.forward(layer, inputs)
+        if layer.recompute and torch.is_grad_enabled():
+            found: Any = checkpoint(reference.run, layer, inputs, use_reentrant=False)
+            return Outputs(*found)
+        return reference.run(layer, inputs)
+    if record:
         return Outputs(*LayerFunction.apply(engine, layer, *inputs))
     outputs, _ = engine.forward(layer, inputs, save=False)
     return outputs

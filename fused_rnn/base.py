@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import cells
+from fused_rnn import cells, ops
 from fused_rnn.cells import Cell
 from fused_rnn.dispatch import Backend, check_backend
-from fused_rnn.functional import autocast_dtype, rnn_layer
+from fused_rnn.functional import rnn_layer
+from fused_rnn.ops import TracedRows
+from fused_rnn.precision import autocast_dtype
 from fused_rnn.problem import Weights
 from fused_rnn.rows import Rows
 
@@ -108,17 +110,38 @@ class FusedRNNBase(nn.Module):
             for d in range(self._directions)
         ]
 
-    def _weights(self, layer: int) -> list[Weights]:
-        """The parameters of one layer, read afresh: nothing is cached past a change."""
-        found = []
-        for suffix in ("", "_reverse")[: self._directions]:
-            w_ih = getattr(self, f"weight_ih_l{layer}{suffix}")
-            w_hh = getattr(self, f"weight_hh_l{layer}{suffix}")
-            b_ih = getattr(self, f"bias_ih_l{layer}{suffix}") if self.bias else None
-            b_hh = getattr(self, f"bias_hh_l{layer}{suffix}") if self.bias else None
-            w_hr = getattr(self, f"weight_hr_l{layer}{suffix}") if self.proj_size else None
-            found.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
+    def _weights(self) -> list[list[Weights]]:
+        """The parameters by layer and direction, read afresh: nothing is cached past a change.
+
+        Each is read once: a parametrization computes it, and may draw random numbers, at each read.
+
+        Raises:
+            RuntimeError: one was replaced by a tensor of another size.
+        """
+        rows, carried = self._cell.gates * self.hidden_size, self.proj_size or self.hidden_size
+        width, found = self.input_size, []
+        for layer in range(self.num_layers):
+            directions = []
+            for suffix in ("", "_reverse")[: self._directions]:
+                w = Weights(
+                    self._read(f"weight_ih_l{layer}{suffix}", (rows, width)),
+                    self._read(f"weight_hh_l{layer}{suffix}", (rows, carried)),
+                    self._read(f"bias_ih_l{layer}{suffix}", (rows,)) if self.bias else None,
+                    self._read(f"bias_hh_l{layer}{suffix}", (rows,)) if self.bias else None,
+                    self._read(f"weight_hr_l{layer}{suffix}", (carried, self.hidden_size))
+                    if self.proj_size
+                    else None,
+                )
+                directions.append(w)
+            found.append(directions)
+            width = carried * self._directions
         return found
+
+    def _read(self, name: str, size: tuple[int, ...]) -> Tensor:
+        tensor: Tensor = getattr(self, name)
+        if tensor.shape != size:
+            raise RuntimeError(f"Expected {name} of size {size}, got {tuple(tensor.shape)}")
+        return tensor
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
@@ -159,14 +182,19 @@ class FusedRNNBase(nn.Module):
 
     # ---- checks ---------------------------------------------------------------------------------
 
-    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """Raise torch.nn's error for an input [T, B, I] or packed [N, I] that does not fit."""
-        weight = self.weight_ih_l0
-        autocast = autocast_dtype(input.device) is not None
-        if input.dtype != weight.dtype and not autocast:
+    def check_input(
+        self, input: Tensor, batch_sizes: Tensor | None, weight: Tensor | None = None
+    ) -> None:
+        """Raise torch.nn's error for an input [T, B, I] or packed [N, I] that does not fit.
+
+        ``weight`` is weight_ih_l0 where the caller has read it already.
+        """
+        like: Any = self.weight_ih_l0 if weight is None else weight
+        autocast = autocast_dtype(input) is not None and like.dtype != torch.float64
+        if input.dtype != like.dtype and not autocast:
             raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), "
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({like.dtype}). "
+                f"Convert input: input.to({like.dtype}), "
                 f"or convert model: model.to({input.dtype})"
             )
         dims = 2 if batch_sizes is not None else 3
@@ -177,10 +205,10 @@ class FusedRNNBase(nn.Module):
                 "input.size(-1) must be equal to input_size. "
                 f"Expected {self.input_size}, got {input.size(-1)}"
             )
-        if input.device != weight.device:
+        if input.device != like.device:
             raise RuntimeError(
                 "Input and parameter tensors are not at the same device, found input tensor at "
-                f"{input.device} and parameter tensor at {weight.device}"
+                f"{input.device} and parameter tensor at {like.device}"
             )
         if input.size(0) == 0 or (dims == 3 and input.size(1 if self.batch_first else 0) == 0):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -198,7 +226,7 @@ class FusedRNNBase(nn.Module):
     def _check_states(self, input: Tensor, states: States, B: int) -> None:
         names = ["hidden[0]", "hidden[1]"] if len(states) == 2 else ["hidden"]
         widths = [self.proj_size or self.hidden_size, self.hidden_size]
-        autocast = autocast_dtype(input.device) is not None
+        autocast = autocast_dtype(input) is not None
         for name, state, width in zip(names, states, widths, strict=False):
             expected = (self.num_layers * self._directions, B, width)
             self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")
@@ -207,7 +235,7 @@ class FusedRNNBase(nn.Module):
                     "Input and hidden tensors are not at the same device, found input tensor at "
                     f"{input.device} and hidden tensor at {state.device}"
                 )
-            if state.dtype != input.dtype and not autocast:
+            if state.dtype != input.dtype and not (autocast and state.dtype != torch.float64):
                 raise RuntimeError(
                     "Input and hidden tensors are not the same dtype, found input tensor with "
                     f"{input.dtype} and hidden tensor with {state.dtype}"
@@ -232,16 +260,19 @@ class FusedRNNBase(nn.Module):
     def _run(
         self, input: Tensor | PackedSequence, hx: States | None
     ) -> tuple[Tensor | PackedSequence, States]:
+        weights = self._weights()
+        w_ih = weights[0][0].w_ih
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
-            self.check_input(data, batch_sizes)
-            rows = Rows.packed(batch_sizes)
+            self.check_input(data, batch_sizes, w_ih)
+            traced = ops.tracing()
+            rows = TracedRows.packed(input, hx) if traced else Rows.packed(batch_sizes)
             if hx is not None:
                 self._check_states(data, hx, rows.B)
                 if sorted_indices is not None:
                     hx = tuple(s.index_select(1, sorted_indices) for s in hx)
             states = self._initial(data, rows.B) if hx is None else hx
-            out, states = self._stack(data, states, rows)
+            out, states = self._stack(data, states, rows, weights)
             if unsorted_indices is not None:
                 states = tuple(s.index_select(1, unsorted_indices) for s in states)
             return PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices), states
@@ -257,14 +288,17 @@ class FusedRNNBase(nn.Module):
         if not batched:
             input = input.unsqueeze(batch_dim)
             hx = None if hx is None else tuple(s.unsqueeze(1) for s in hx)
-        self.check_input(input, None)
+        self.check_input(input, None, w_ih)
         x = input.transpose(0, 1) if self.batch_first else input
         T, B, _ = x.shape
         if hx is not None:
             self._check_states(x, hx, B)
         states = self._initial(x, B) if hx is None else hx
-        out, states = self._stack(x.reshape(T * B, -1), states, Rows(T, B))
-        out = out.view(T, B, -1)
+        if ops.tracing():  # the operators take the batch as it is
+            out, states = self._stack(x, states, TracedRows(B), weights)
+        else:
+            out, states = self._stack(x.reshape(T * B, -1), states, Rows(T, B), weights)
+            out = out.view(T, B, -1)
         if self.batch_first:
             out = out.transpose(0, 1)
         if not batched:
@@ -280,7 +314,9 @@ class FusedRNNBase(nn.Module):
         count = self.num_layers * self._directions
         return tuple(x.new_zeros(count, B, width) for width in self._state_widths)
 
-    def _stack(self, x: Tensor, states: States, rows: Rows) -> tuple[Tensor, States]:
+    def _stack(
+        self, x: Tensor, states: States, rows: Rows | TracedRows, weights: list[list[Weights]]
+    ) -> tuple[Tensor, States]:
         """All layers, bottom up: ``x`` [N, I] to out [N, D*R] and the final states."""
         D, cell = self._directions, self._cell
         finals: list[States] = []
@@ -288,9 +324,10 @@ class FusedRNNBase(nn.Module):
             mine = states
             if self.num_layers > 1:
                 mine = tuple(s[layer * D : (layer + 1) * D] for s in states)
-            weights = self._weights(layer)
             c0 = mine[1] if cell.has_c else None
-            out = rnn_layer(cell, x, mine[0], c0, weights, rows, self.backend, self.recompute)
+            out = rnn_layer(
+                cell, x, mine[0], c0, weights[layer], rows, self.backend, self.recompute
+            )
             x = out.out
             finals.append((out.h_n,) if out.c_n is None else (out.h_n, out.c_n))
             if self.dropout > 0 and layer < self.num_layers - 1:

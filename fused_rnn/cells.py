@@ -60,3 +60,4 @@ RNN_TANH = Cell("rnn_tanh", gates=1, has_c=False, step=_rnn_tanh)
 RNN_RELU = Cell("rnn_relu", gates=1, has_c=False, step=_rnn_relu)
 GRU = Cell("gru", gates=3, has_c=False, step=_gru)
 LSTM = Cell("lstm", gates=4, has_c=True, step=_lstm)
+BY_NAME = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, GRU, LSTM)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_rnn.cpu_elman import ElmanSweep
 from fused_rnn.cpu_gated import GatedSweep
 from fused_rnn.cpu_gated_cells import GATED_CELLS
-from fused_rnn.problem import Grads, Layer, Outputs, Saved
+from fused_rnn.problem import Grads, Layer, Outputs, Saved, Specs
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,6 +46,17 @@ def forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
         saved += sweep.forward(h_n[d], None if c_n is None else c_n[d], save)
     outputs = Outputs(out.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype))
     return outputs, tuple(saved) if save else ()
+
+
+def saved_specs(layer: Layer, inputs: Saved) -> Specs:
+    """See :class:`fused_rnn.problem.Engine`."""
+    x, w_hh = inputs[0], inputs[4]
+    assert x is not None
+    assert w_hh is not None
+    H = w_hh.shape[0] // layer.cell.gates
+    sizes = _sweep(layer).saved_sizes(layer, x.shape[0], H)
+    dtype = compute_dtype(x.dtype)
+    return tuple(None if n is None else ((n,), dtype) for n in sizes) * layer.directions
 
 
 def backward(

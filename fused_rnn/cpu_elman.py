@@ -50,6 +50,11 @@ class ElmanSweep:
         h_n.copy_(rows.last(self.out, self.reverse))
         return ()
 
+    @staticmethod
+    def saved_sizes(layer: Layer, N: int, H: int) -> tuple[int | None, ...]:
+        """See :meth:`fused_rnn.cpu_gated.GatedSweep.saved_sizes`."""
+        return ()
+
     def backward(
         self,
         saved: Saved,

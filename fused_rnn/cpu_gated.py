@@ -56,10 +56,10 @@ class GatedSweep:
         w, cell, H, R = self.w, self.cell, self.H, self.h0.shape[1]
         chunks = self.chunks()
         longest = max(c.steps * c.batch for c in chunks)
-        save_gates = save and not self.layer.recompute
-        save_state = save and (save_gates or c_n is not None)
-        gates = self.x.new_empty((self.layer.rows.N if save_gates else longest) * 4 * H)
-        state = self.x.new_empty((self.layer.rows.N if save_state else longest) * H)
+        sizes = self.saved_sizes(self.layer, self.layer.rows.N, H) if save else (None, None)
+        save_gates, save_state = (size is not None for size in sizes)
+        gates = self.x.new_empty(sizes[0] or longest * 4 * H)
+        state = self.x.new_empty(sizes[1] or longest * H)
         scratch = self.x.new_empty(longest * max(w.w_ih.shape[0], R))
         w_ih, w_hh, bias = self._forward_weights()
         h_n.copy_(self.h0)
@@ -85,6 +85,12 @@ class GatedSweep:
             if c_n is not None and c is not None:
                 c_n[:n] = c.t()
         return (gates if save_gates else None, state if save_state else None)
+
+    @staticmethod
+    def saved_sizes(layer: Layer, N: int, H: int) -> tuple[int | None, ...]:
+        """Elements of what ``forward`` saves of ``N`` rows, None for what it does not."""
+        gates = None if layer.recompute else N * 4 * H
+        return gates, N * H if layer.cell.has_c or gates is not None else None
 
     def _forward_weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """w_ih, w_hh and the bias as the gate buffer wants them."""

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 import torch
 
-from fused_rnn import cpu, onednn, triton_backend
-from fused_rnn.problem import Engine, Layer
+from fused_rnn import cpu, onednn, step, triton_backend
+from fused_rnn.problem import Engine, Layer, Saved
 
 Backend = Literal["auto", "triton", "cpu", "eager"]
 
@@ -22,17 +22,28 @@ class Choice:
         backend: "triton", "cpu" or "eager".
         engine: what implements it; None for the eager loop, which autograd differentiates itself.
         reason: why this one.
+        step: whether it is a single step, which :mod:`fused_rnn.step` runs in place of the loop.
     """
 
     backend: Backend
     engine: Engine | None
     reason: str
+    step: bool = False
 
 
 def check_backend(backend: str) -> None:
     """Raise ValueError unless ``backend`` names one."""
     if backend not in get_args(Backend):
         raise ValueError(f"Unknown backend '{backend}'. Select from {get_args(Backend)}.")
+
+
+def choose_for(layer: Layer, inputs: Saved, backend: Backend, record: bool = True) -> Choice:
+    """Choose for ``inputs`` as in :class:`fused_rnn.problem.Engine`; else as :func:`choose`."""
+    x, w_hh, w_hr = inputs[0], inputs[4], inputs[7]
+    assert x is not None
+    assert w_hh is not None
+    H = w_hh.shape[0] // layer.cell.gates
+    return choose(layer, x.device, x.dtype, H, w_hr is not None, backend, record)
 
 
 def choose(
@@ -42,8 +53,18 @@ def choose(
     H: int,
     projected: bool,
     backend: Backend,
+    record: bool = True,
 ) -> Choice:
     """Choose for one layer; it runs on ``device`` in ``dtype`` with ``H`` hidden units.
+
+    Args:
+        layer: what is to be run.
+        device: where.
+        dtype: in what.
+        H: hidden units.
+        projected: whether there is a projection.
+        backend: what the user asks for.
+        record: whether a gradient may be asked for.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
@@ -52,6 +73,9 @@ def choose(
     check_backend(backend)
     if backend == "eager":
         return Choice("eager", None, "backend='eager' asks for it")
+    if backend == "auto" and not record and step.suits(layer, device, dtype, projected):
+        reason = f"torch.{layer.cell.name}_cell, for a single step without gradients"
+        return Choice("eager", None, reason, step=True)
     if backend == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend='cpu' needs tensors on the CPU, but the input is on {device}")
     if device.type == "cpu" and backend != "triton":

@@ -9,8 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import triton_backend
 from fused_rnn.base import FusedRNNBase
 from fused_rnn.dispatch import choose
-from fused_rnn.functional import autocast_dtype
-from fused_rnn.precision import rnn_precision
+from fused_rnn.precision import autocast_dtype, rnn_precision
 from fused_rnn.problem import Layer
 from fused_rnn.rows import Rows
 
@@ -59,7 +58,7 @@ def problem_of(
         data = x.unsqueeze(batch_dim) if x.dim() == 2 else x
         layer.check_input(data, None)
         rows = Rows(data.shape[1 - batch_dim], data.shape[batch_dim])
-    dtype = autocast_dtype(data.device) or data.dtype
+    dtype = autocast_dtype(data) or data.dtype
     return Layer(layer._cell, rows, layer._directions, layer.recompute), data.device, dtype
 
 
@@ -81,8 +80,12 @@ def explain(
     """
     problem, device, dtype = problem_of(layer, x)
     if gpu is None:
+        record = torch.is_grad_enabled()
+        data = x.data if isinstance(x, PackedSequence) else x  # a tensor's .data has no gradient
+        tensors = (data, *layer.parameters())
+        record = record and any(t.requires_grad for t in tensors)
         choice = choose(
-            problem, device, dtype, layer.hidden_size, layer.proj_size > 0, layer.backend
+            problem, device, dtype, layer.hidden_size, layer.proj_size > 0, layer.backend, record
         )
         backend, reason = str(choice.backend), choice.reason
     else:

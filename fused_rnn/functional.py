@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from fused_rnn import autograd, dispatch, reference
+from fused_rnn import ops, transforms
 from fused_rnn.cells import Cell
 from fused_rnn.dispatch import Backend
-from fused_rnn.problem import Layer, Outputs, Weights
+from fused_rnn.ops import TracedRows
+from fused_rnn.precision import autocast_dtype, without_autocast
+from fused_rnn.problem import Layer, Outputs, Saved, Weights
 from fused_rnn.rows import Rows
 
 
@@ -19,7 +19,7 @@ def rnn_layer(
     h0: Tensor,
     c0: Tensor | None,
     weights: Sequence[Weights],
-    rows: Rows,
+    rows: Rows | TracedRows,
     backend: Backend = "auto",
     recompute: bool = False,
 ) -> Outputs:
@@ -44,36 +44,23 @@ def rnn_layer(
         RuntimeError: ``backend`` cannot run this layer.
         ValueError: ``backend`` is not a backend's name.
     """
-    layer = Layer(cell, rows, len(weights), recompute)
     inputs = (x, h0, c0, *(p for w in weights for p in w))
-    dtype = autocast_dtype(x.device)
+    dtype = autocast_dtype(x)
     if dtype is None:
-        return _run(layer, inputs, backend)
-    inputs = tuple(t if t is None else t.to(dtype) for t in inputs)
-    with torch.autocast(x.device.type, enabled=False):
-        return _run(layer, inputs, backend)
+        return _run(cell, rows, len(weights), recompute, inputs, backend)
+    inputs = tuple([t if t is None else t.to(dtype) for t in inputs])
+    with without_autocast(x.device):
+        return _run(cell, rows, len(weights), recompute, inputs, backend)
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on ``device``, or None where it is off."""
-    kind = device.type
-    if kind == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return None
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
-
-
-def _run(layer: Layer, inputs: tuple[Tensor | None, ...], backend: Backend) -> Outputs:
-    x, h0, c0, *flat = inputs
-    assert x is not None
-    assert h0 is not None
-    w = next(layer.unflatten(flat))
-    H = w.w_hh.shape[0] // layer.cell.gates
-    choice = dispatch.choose(layer, x.device, x.dtype, H, w.w_hr is not None, backend)
-    if choice.engine is not None:
-        return autograd.run(choice.engine, layer, inputs)
-    if layer.recompute:
-        found = checkpoint(reference.forward, layer, x, h0, c0, *flat, use_reentrant=False)
-        return Outputs(*found)
-    return reference.forward(layer, x, h0, c0, *flat)
+def _run(
+    cell: Cell,
+    rows: Rows | TracedRows,
+    directions: int,
+    recompute: bool,
+    inputs: Saved,
+    backend: Backend,
+) -> Outputs:
+    if isinstance(rows, TracedRows):
+        return ops.run(cell.name, rows, directions, recompute, inputs, backend)
+    return transforms.run(Layer(cell, rows, directions, recompute), inputs, backend)

@@ -35,7 +35,15 @@ def fuse(model: nn.Module, *, backend: Backend = "auto", recompute: bool = False
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """The inverse of :func:`fuse`: swap the fused layers in ``model`` for torch.nn's, in place."""
+    """The inverse of :func:`fuse`: swap the fused layers in ``model`` for torch.nn's, in place.
+
+    This is the way to ONNX, which has operators for those, with any number of time steps. The
+    exporter that makes them is ``torch.onnx.export(unfuse(model), ..., dynamo=False)``; it needs
+    the ``onnx`` package. Let the batch size vary only if the model takes the states as inputs:
+    torch.nn's default states are zeros of the batch size of the export.
+
+    (``torch.export`` needs no detour: it takes the fused layers with symbolic T and B.)
+    """
     return _swap(model, {fused: plain for plain, fused in _TWINS.items()}, {})
 
 

@@ -37,6 +37,11 @@ def forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
         return _forward(layer, _plain(inputs), save)
 
 
+def saved_specs(layer: Layer, inputs: Saved) -> None:
+    """See :class:`fused_rnn.problem.Engine`: oneDNN alone knows the size of its workspace."""
+    return
+
+
 def _plain(tensors: Saved) -> Saved:
     """Contiguous and detached: the op reads strided memory as if it were contiguous."""
     return tuple([None if t is None else t.detach().contiguous() for t in tensors])

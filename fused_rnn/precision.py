@@ -1,10 +1,11 @@
-"""How precisely fp32 products are computed on a GPU: by the switch that nn.LSTM follows there."""
+"""What products are computed in: autocast's type; for fp32 on a GPU, by the switch of nn.LSTM."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 
 def rnn_precision() -> Literal["ieee", "tf32"]:
@@ -21,6 +22,30 @@ def rnn_precision() -> Literal["ieee", "tf32"]:
         if setting != "none":
             return "tf32" if setting == "tf32" else "ieee"
     return "ieee"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in for an input ``x``, or None where it leaves things alone.
+
+    As everywhere in autocast, fp64 stays as it is, and so do integers.
+    """
+    if _autocast_is_on(x.device) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
+def _autocast_is_on(device: torch.device) -> bool:
+    kind = device.type
+    if kind == "cpu":
+        return torch.is_autocast_enabled("cpu")
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch autocast off where it is on: types have been settled."""
+    if _autocast_is_on(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fused_rnn.cells import Cell
@@ -52,6 +53,7 @@ class Layer:
 
 Saved = tuple[Tensor | None, ...]
 Grads = tuple[Tensor | None, ...]
+Specs = tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]  # shapes and types of `Saved`
 
 
 class Engine(Protocol):
@@ -62,6 +64,14 @@ class Engine(Protocol):
 
     def forward(self, layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
         """Run the layer; with ``save`` also return what backward needs beside in- and outputs."""
+        ...
+
+    def saved_specs(self, layer: Layer, inputs: Saved) -> Specs | None:
+        """Shapes and types of what forward saves, or None if only forward can tell.
+
+        Nothing of ``layer.rows`` may be read, nor T and B in the shapes of ``inputs`` compared:
+        a tracer asks, to whom they are symbols.
+        """
         ...
 
     def backward(

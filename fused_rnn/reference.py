@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_rnn.cells import Cell
-from fused_rnn.problem import Layer, Outputs, Weights
+from fused_rnn.problem import Layer, Outputs, Saved, Weights
 from fused_rnn.rows import Rows
 
 
@@ -28,6 +28,14 @@ def forward(
         torch.stack(h_n),
         torch.stack([c for c in c_n if c is not None]) if layer.cell.has_c else None,
     )
+
+
+def run(layer: Layer, inputs: Saved) -> Outputs:
+    """The same for ``inputs`` as in :class:`fused_rnn.problem.Engine`."""
+    x, h0, c0, *flat = inputs
+    assert x is not None
+    assert h0 is not None
+    return forward(layer, x, h0, c0, *flat)
 
 
 def _direction(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.precision import matmul_precision, rnn_precision
-from fused_rnn.problem import Grads, Layer, Outputs, Saved, Weights
+from fused_rnn.problem import Grads, Layer, Outputs, Saved, Specs, Weights
 
 if TYPE_CHECKING:
     from fused_rnn.kernels.plan import Limits, Plan
@@ -128,6 +128,14 @@ class TritonEngine:
         keep_gates = save and len(_X_SLOTS[name]) > 1 and not layer.recompute
         outputs = Outputs(out, h_n, None if c_n is None else c_n.to(x.dtype))
         return outputs, (gates if keep_gates else None, c_seq) if save else ()
+
+    def saved_specs(self, layer: Layer, inputs: Saved) -> Specs:
+        """See :class:`fused_rnn.problem.Engine`."""
+        x, h0, c0, _ = _split(inputs)
+        D, _, H = h0.shape
+        slots = 1 if len(_X_SLOTS[layer.cell.name]) == 1 else 4
+        gates = None if slots == 1 or layer.recompute else ((D, x.shape[0], H, slots), x.dtype)
+        return gates, None if c0 is None else ((x.shape[0], D * H), torch.float32)
 
     def backward(
         self,

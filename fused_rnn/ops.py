@@ -1,0 +1,313 @@
+"""One layer as opaque operators: what torch.compile and torch.export see of it.
+
+A tracer must neither unroll the time loop nor fix T or B, nor look into an engine. So it gets two
+operators, whose shapes follow from those of their inputs; which engine runs is decided when they
+run. Untraced calls do not take them: an operator costs some ten microseconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import dispatch, eager, transforms
+from fused_rnn.cells import BY_NAME
+from fused_rnn.dispatch import Backend
+from fused_rnn.problem import Engine, Layer, Outputs, Saved, Weights
+from fused_rnn.rows import Rows
+
+
+@dataclass(frozen=True)
+class TracedRows:
+    """What a tracer knows of :class:`fused_rnn.rows.Rows`: sizes may be symbolic.
+
+    Attributes:
+        B: sequences.
+        batch_sizes: rows of each step, int64 [T] on the CPU, or None where all own ``B``.
+    """
+
+    B: int
+    batch_sizes: Tensor | None = None
+
+    @classmethod
+    def packed(cls, input: PackedSequence, hx: Sequence[Tensor] | None) -> "TracedRows":
+        """The rows of ``input``; values of a tensor are looked at only where no shape tells B."""
+        if hx is not None:
+            B = hx[0].shape[1]
+        elif input.sorted_indices is not None:
+            B = input.sorted_indices.shape[0]
+        else:
+            B = int(input.batch_sizes[0])
+        return cls(B, input.batch_sizes)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of either operator, sorted out.
+
+    Attributes:
+        layer: while it is traced, its rows say no more than whether lengths differ.
+        inputs: as in :class:`fused_rnn.problem.Engine`.
+        engine: what runs.
+    """
+
+    layer: Layer
+    inputs: Saved
+    engine: Engine
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        cell: str,
+        directions: int,
+        recompute: bool,
+        backend: Any,
+        traced: bool,
+    ) -> "_Call":
+        x, h0, *rest = tensors
+        has_c = BY_NAME[cell].has_c
+        c0, rest = (rest[0], rest[1:]) if has_c else (None, rest)
+        if traced:  # whether there is an engine does not depend on T and B
+            rows = Rows(1, 1, None if batch_sizes is None else (1,))
+        elif batch_sizes is None:
+            rows = Rows(x.shape[0], x.shape[1])
+        else:
+            rows = Rows.packed(batch_sizes)
+            if (x.shape[0], h0.shape[1]) != (rows.N, rows.B):
+                raise RuntimeError(
+                    f"batch_sizes stand for {rows.N} rows of {rows.B} sequences, but got "
+                    f"{x.shape[0]} rows and initial states of {h0.shape[1]} sequences"
+                )
+        layer = Layer(BY_NAME[cell], rows, directions, recompute)
+        flat = x if batch_sizes is not None else x.reshape(-1, x.shape[-1])
+        inputs = (flat, h0, c0, *_with_absent(rest, directions))
+        return cls(layer, inputs, dispatch.choose_for(layer, inputs, backend).engine or eager)
+
+
+def _with_absent(weights: Sequence[Tensor], directions: int) -> Saved:
+    """The parameters of all directions with None for those that the layer lacks."""
+    k = len(weights) // directions
+    found: list[Tensor | None] = []
+    for d in range(directions):
+        w_ih, w_hh, *rest = weights[d * k : (d + 1) * k]
+        b_ih, b_hh = rest[:2] if k >= 4 else (None, None)
+        found += Weights(w_ih, w_hh, b_ih, b_hh, rest[-1] if k % 2 else None)
+    return tuple(found)
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+# ---- forward ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fused_rnn::layer", mutates_args=())
+def layer_op(
+    tensors: list[Tensor],
+    batch_sizes: Tensor | None,
+    cell: str,
+    directions: int,
+    recompute: bool,
+    backend: str,
+    save: bool,
+) -> list[Tensor]:
+    """Run one layer.
+
+    Args:
+        tensors: x [T, B, I], or [N, I] with ``batch_sizes``; h0 [D, B, R]; c0 [D, B, H] if the cell
+            has one; the parameters of each direction, as many as there are.
+        batch_sizes: rows of each step, int64 [T] on the CPU, if the sequences differ in length.
+        cell: a name of :mod:`fused_rnn.cells`.
+        directions: 1 or 2.
+        recompute: as in :class:`fused_rnn.problem.Layer`.
+        backend: as in :func:`fused_rnn.dispatch.choose`.
+        save: return what backward needs; without, it runs forward a second time.
+
+    Returns:
+        out [T, B, D*R] or [N, D*R], h_n [D, B, R], c_n [D, B, H] if the cell has one, and with
+        ``save`` those of :meth:`fused_rnn.problem.Engine.saved_specs`
+    """
+    call = _Call.of(tensors, batch_sizes, cell, directions, recompute, backend, traced=False)
+    save = save and call.engine.saved_specs(call.layer, call.inputs) is not None
+    outputs, saved = call.engine.forward(call.layer, call.inputs, save)
+    out = outputs.out.view(*tensors[0].shape[:-1], -1)
+    return [out, outputs.h_n, *_present([outputs.c_n]), *_present(saved)]
+
+
+@layer_op.register_fake
+def _layer_fake(
+    tensors: list[Tensor],
+    batch_sizes: Tensor | None,
+    cell: str,
+    directions: int,
+    recompute: bool,
+    backend: str,
+    save: bool,
+) -> list[Tensor]:
+    call = _Call.of(tensors, batch_sizes, cell, directions, recompute, backend, traced=True)
+    x, h0 = tensors[:2]
+    states = tensors[1:3] if call.layer.cell.has_c else [h0]
+    out = x.new_empty(*x.shape[:-1], directions * h0.shape[-1])
+    results = [out, *(s.new_empty(s.shape) for s in states)]
+    specs = call.engine.saved_specs(call.layer, call.inputs) if save else None
+    return results + [x.new_empty(s[0], dtype=s[1]) for s in specs or () if s is not None]
+
+
+# ---- backward -----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fused_rnn::layer_backward", mutates_args=())
+def layer_backward_op(
+    grads: list[Tensor],
+    given: list[bool],
+    tensors: list[Tensor],
+    results: list[Tensor],
+    needs: list[bool],
+    batch_sizes: Tensor | None,
+    cell: str,
+    directions: int,
+    recompute: bool,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of a layer's inputs.
+
+    Args:
+        grads: gradients of those of out, h_n (and c_n) that ``given`` marks; the others are zero.
+        given: which outputs have a gradient.
+        tensors: of :func:`layer_op`.
+        results: of :func:`layer_op`; without what ``save`` adds, forward runs a second time.
+        needs: which of ``tensors`` want a gradient.
+        batch_sizes: of :func:`layer_op`.
+        cell: of :func:`layer_op`.
+        directions: of :func:`layer_op`.
+        recompute: of :func:`layer_op`.
+        backend: of :func:`layer_op`.
+
+    Returns:
+        the gradients of those that ``needs`` marks
+    """
+    call = _Call.of(tensors, batch_sizes, cell, directions, recompute, backend, traced=False)
+    layer, inputs, engine = call.layer, call.inputs, call.engine
+    states = 2 if layer.cell.has_c else 1
+    out = results[0].flatten(0, -2)
+    outputs = Outputs(out, results[1], results[2] if states == 2 else None)
+    specs, rest = engine.saved_specs(layer, inputs), results[1 + states :]
+    if specs is not None and len(rest) == sum(s is not None for s in specs):
+        left = iter(rest)
+        saved = tuple(None if s is None else next(left) for s in specs)
+    else:
+        outputs, saved = engine.forward(layer, inputs, save=True)
+    left = iter(grads)
+    all_grads = [next(left) if g else None for g in given] + [None] * (2 - states)
+    dout = all_grads[0]
+    wanted = iter(needs)
+    found = engine.backward(
+        layer,
+        inputs,
+        outputs,
+        saved,
+        (None if dout is None else dout.flatten(0, -2), all_grads[1], all_grads[2]),
+        tuple(t is not None and next(wanted) for t in inputs),
+    )
+    present = [g for g, t in zip(found, inputs, strict=True) if t is not None]
+    # The two biases of a direction may share one gradient; an operator's results may not.
+    result: list[Tensor] = []
+    for grad, tensor, need in zip(present, tensors, needs, strict=True):
+        if need:
+            grad = torch.zeros_like(tensor) if grad is None else grad.view(tensor.shape)
+            seen = any(grad.data_ptr() == other.data_ptr() for other in result)
+            result.append(grad.clone() if seen else grad.contiguous())
+    return result
+
+
+@layer_backward_op.register_fake
+def _layer_backward_fake(
+    grads: list[Tensor],
+    given: list[bool],
+    tensors: list[Tensor],
+    results: list[Tensor],
+    needs: list[bool],
+    batch_sizes: Tensor | None,
+    cell: str,
+    directions: int,
+    recompute: bool,
+    backend: str,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
+
+
+# ---- autograd -----------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tensors, batch_sizes, cell, directions, recompute, backend, _ = inputs
+    ctx.states = 2 if BY_NAME[cell].has_c else 1
+    ctx.count, ctx.options = len(tensors), (cell, directions, recompute, backend)
+    ctx.save_for_backward(batch_sizes, *tensors, *output)
+    ctx.mark_non_differentiable(*output[1 + ctx.states :])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[0]
+    grads = grads[: 1 + ctx.states]
+    batch_sizes, *rest = ctx.saved_tensors
+    found: list[Tensor] = []
+    if any(g is not None for g in grads):
+        found = layer_backward_op(
+            _present(grads),
+            [g is not None for g in grads],
+            rest[: ctx.count],
+            rest[ctx.count :],
+            needs,
+            batch_sizes,
+            *ctx.options,
+        )
+    left = iter(found)
+    return ([next(left, None) if need else None for need in needs], *[None] * 6)
+
+
+layer_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---- what the traced layer calls ----------------------------------------------------------------
+
+
+def tracing() -> bool:
+    """Whether the layer is traced, so that it must go through the operators.
+
+    Not under a transform of torch.func: an operator's gradient is closed to those, and a tangent
+    would be lost silently. There the eager loop is traced, for the T and B at hand.
+    """
+    return torch.compiler.is_compiling() and not transforms.active()
+
+
+def run(
+    cell: str,
+    rows: TracedRows,
+    directions: int,
+    recompute: bool,
+    inputs: Saved,
+    backend: Backend,
+) -> Outputs:
+    """One layer through the operators.
+
+    ``inputs`` and outputs as in :class:`fused_rnn.problem.Engine`, but x and out of a uniform batch
+    are [T, B, ...].
+    """
+    tensors = _present(inputs)
+    # An exported graph may serve inference or training: there backward runs forward once more,
+    # so that inference need not save anything.
+    save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    save = save and any(t.requires_grad for t in tensors)
+    out, h_n, *rest = layer_op(
+        tensors, rows.batch_sizes, cell, directions, recompute, backend, save
+    )
+    c_n = rest[0] if BY_NAME[cell].has_c else None
+    return Outputs(out, h_n, c_n)

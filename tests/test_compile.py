@@ -1,0 +1,269 @@
+"""torch.compile: one graph without breaks, the same for every length and batch size."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYERS, assert_same, packer, run, states, twins
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, grad, jvp, vmap
+
+import fused_rnn
+from fused_rnn import ops
+from fused_rnn.cells import BY_NAME
+from fused_rnn.dispatch import Backend
+
+# More than one size at a time changes, and none is 0 or 1, for which Dynamo compiles anew.
+SIZES = [(4, 2), (7, 3), (2, 5), (9, 9)]  # T, B
+# Dynamo looks at .grad of the packed data, which is no leaf.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+INPUTS = ["batched", "sorted", "unsorted", "unsorted with states"]
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(layer: Callable[..., Any]) -> tuple[Any, CompileCounterWithBackend]:
+    """Compiled without graph breaks, autograd traced, the graphs run as they are; and a counter."""
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(layer, fullgraph=True, backend=counter), counter
+
+
+def compare(
+    fused: nn.Module, call: Any, inputs: str, T: int, B: int, dtype: torch.dtype, device: str
+) -> None:
+    """Outputs and all gradients of the compiled layer against those of the layer itself."""
+    I = fused.input_size
+    hx: Any = None
+    if inputs == "batched":
+        xs, make = [torch.randn(T, B, I, dtype=dtype, device=device)], lambda xs: xs[0]
+    else:
+        xs = [torch.randn(max(1, T - b), I, dtype=dtype, device=device) for b in range(B)]
+        make = packer(True)
+        if inputs != "sorted":
+            xs, make = xs[::-1], packer(False)
+    if inputs == "unsorted with states":
+        hx = [h.to(device) for h in states(fused, B)]
+    assert_same(run(Renamed(call, fused), xs, hx, make), run(fused, xs, hx, make))  # type: ignore[arg-type]
+
+
+class Renamed:
+    """A compiled layer whose parameters have the names of the layer's."""
+
+    def __init__(self, call: Any, layer: nn.Module) -> None:
+        self.call, self.named_parameters = call, layer.named_parameters
+        self.parameters = layer.parameters
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [(kind, "batched") for kind in LAYERS] + [("gru", inputs) for inputs in INPUTS[1:]],
+)
+def test_one_graph_for_all_sizes(kind: str, inputs: str) -> None:
+    _, fused = twins(kind, 3, 5, bidirectional=kind == "gru", dtype=torch.float64)
+    call, counter = compiled(fused)
+    counts = []
+    for T, B in SIZES:
+        compare(fused, call, inputs, T, B, torch.float64, "cpu")
+        counts.append(counter.frame_count)
+    # The second call tells Dynamo that T and B vary.
+    assert counts == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"), [("relu", "batched"), ("gru", "unsorted"), ("lstm", "batched")]
+)
+def test_triton(kind: str, inputs: str, triton_device: str) -> None:
+    options = {"relu": {}, "gru": {"recompute": True}, "lstm": {"bidirectional": True}}
+    _, fused = twins(kind, 3, 5, backend="triton", **options[kind])
+    fused.to(triton_device)
+    call, counter = compiled(fused)
+    for T, B in [(2, 3), (3, 2)]:
+        compare(fused, call, inputs, T, B, torch.float32, triton_device)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("inputs", ["batched", "unsorted"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("gru", {"backend": "eager"}), ("lstm", {"recompute": True}), ("lstm", {"num_layers": 2})],
+    ids=["eager", "recompute", "onednn"],
+)
+def test_other_engines(kind: str, options: dict[str, Any], inputs: str) -> None:
+    _, fused = twins(kind, 3, 5, **options)
+    call, _ = compiled(fused)
+    for T, B in SIZES[:2]:
+        compare(fused, call, inputs, T, B, torch.float32, "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # which Inductor itself uses
+@pytest.mark.slow
+def test_inductor() -> None:
+    """The default backend of torch.compile, around a layer in the middle of a model."""
+    _, fused = twins("lstm", 3, 5)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = fused, nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.head(self.rnn(x.tanh() + 1)[0])
+            return output + x
+
+    model = Model()
+    call = torch.compile(model, fullgraph=True)
+    for T, B in SIZES[:3]:
+        x = torch.randn(T, B, 3, requires_grad=True)
+        results = []
+        for f in (model, call):
+            output = f(x)
+            wanted = [x, *model.parameters()]
+            results.append([output, *torch.autograd.grad(output.square().sum(), wanted)])
+        for found, expected in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def same(function: Callable[..., Any], *args: Any) -> None:
+    """The compiled function's results are the function's."""
+    torch.manual_seed(3)
+    expected = torch.utils._pytree.tree_leaves(function(*args))
+    torch.manual_seed(3)
+    found = torch.utils._pytree.tree_leaves(compiled(function)[0](*args))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_modes() -> None:
+    _, layer = twins("lstm", 3, 5, num_layers=2, batch_first=True)
+    layer.eval()
+    x, hx = torch.randn(2, 4, 3), states(layer, 2)
+    same(layer, x, hx)
+    same(layer, x[0])
+    with torch.no_grad():
+        same(layer, x, hx)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same(layer, x)
+
+
+def test_dropout_between_layers() -> None:
+    layer = fused_rnn.FusedGRU(3, 5, 2, dropout=0.5)
+    same(layer, torch.randn(4, 2, 3))
+
+
+def test_inference_saves_nothing() -> None:
+    layer = fused_rnn.FusedGRU(3, 5)
+    x = torch.randn(4, 2, 3)
+    flags = []
+    for enabled in (True, False):
+        torch._dynamo.reset()
+        call, counter = compiled(layer)
+        with torch.set_grad_enabled(enabled):
+            call(x)
+        nodes = [n for n in counter.graphs[0].graph.nodes if "fused_rnn" in str(n.target)]
+        assert [n.target for n in nodes] == [torch.ops.fused_rnn.layer.default]
+        flags.append(nodes[0].args[-1])
+    assert flags == [True, False]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # which torch.func.jvp itself uses
+@pytest.mark.parametrize("transform", ["grad", "vmap", "per sample", "jvp"])
+def test_transforms_within(transform: str) -> None:
+    """torch.func inside of a compiled function: the tangent of an opaque operator would be lost."""
+    layer = fused_rnn.FusedGRU(3, 5)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    x, xs = torch.randn(4, 2, 3), torch.randn(6, 4, 2, 3)
+
+    def loss(parameters: Any, x: Tensor) -> Tensor:
+        total: Tensor = functional_call(layer, parameters, (x,))[0].square().sum()
+        return total
+
+    functions: dict[str, tuple[Callable[..., Any], Any]] = {
+        "grad": (grad(loss), x),
+        "vmap": (lambda p, xs: vmap(lambda x: functional_call(layer, p, (x,)))(xs), xs),
+        "per sample": (vmap(grad(loss), (None, 0)), xs),
+        "jvp": (lambda p, x: jvp(lambda x: functional_call(layer, p, (x,))[0], (x,), (x,)), x),
+    }
+    function, argument = functions[transform]
+    same(function, parameters, argument)
+
+
+def test_errors_pass_through() -> None:
+    layer = fused_rnn.FusedGRU(3, 5)
+    with pytest.raises(RuntimeError, match="Expected 3, got 7"):
+        torch.compile(layer, backend="eager")(torch.randn(4, 2, 7))
+    call = torch.compile(layer, fullgraph=True, backend="eager")
+    packed = packer(True)([torch.randn(3, 3), torch.randn(2, 3)])
+    with pytest.raises(RuntimeError, match="5 rows of 2 sequences, but got 5 rows and initial st"):
+        call(packed, torch.zeros(1, 4, 5))
+
+
+# ---- the operators themselves -------------------------------------------------------------------
+
+
+def arguments(
+    cell: str, backend: Backend, packed: bool, directions: int, save: bool, device: str
+) -> tuple[Any, ...]:
+    """Of :func:`fused_rnn.ops.layer_op`, without biases where ``packed``."""
+    T, B, I, H, G = 3, 2, 3, 4, BY_NAME[cell].gates
+    sizes = torch.tensor([2, 2, 1]) if packed else None
+    shapes = [(5, I) if packed else (T, B, I), (directions, B, H)]
+    shapes += [(directions, B, H)] if BY_NAME[cell].has_c else []
+    shapes += ([(G * H, I), (G * H, H)] + ([] if packed else [(G * H,), (G * H,)])) * directions
+    inputs = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
+    return inputs, sizes, cell, directions, packed, backend, save
+
+
+every_case = pytest.mark.parametrize(
+    ("packed", "directions", "save"),
+    [(False, 1, True), (True, 2, True), (False, 2, False)],
+    ids=["batched", "packed", "unsaved"],
+)
+
+
+@pytest.mark.parametrize("cell", ["rnn_relu", "gru", "lstm"])
+@every_case
+def test_operators(cell: str, packed: bool, directions: int, save: bool) -> None:
+    """PyTorch's own checks: schema, autograd, fake shapes and types, tracing of symbolic sizes."""
+    inputs, *options = arguments(cell, "cpu", packed, directions, save, "cpu")
+    torch.library.opcheck(ops.layer_op, (inputs, *options))
+    check_backward(inputs, options, ["test_schema", "test_faketensor"])
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_operators_of_the_eager_loop(cell: str) -> None:
+    """Without the checks that look into storages, which tensors under torch.func have not."""
+    inputs, *options = arguments(cell, "eager", True, 2, True, "cpu")
+    torch.library.opcheck(ops.layer_op, (inputs, *options))
+    check_backward(inputs, options, ["test_autograd_registration"])
+
+
+@pytest.mark.parametrize("cell", ["rnn_relu", "gru", "lstm"])
+@every_case
+def test_operators_of_the_kernels(
+    cell: str, packed: bool, directions: int, save: bool, triton_device: str
+) -> None:
+    inputs, *options = arguments(cell, "triton", packed, directions, save, triton_device)
+    checks = ["test_schema", "test_faketensor"]
+    torch.library.opcheck(ops.layer_op, (inputs, *options), test_utils=checks)
+    check_backward(inputs, options, checks)
+
+
+def check_backward(inputs: list[Tensor], options: list[Any], checks: list[str]) -> None:
+    """With gradients of the first two outputs, for all inputs but h0."""
+    plain = [t.detach() for t in inputs]
+    results = ops.layer_op(plain, *options)
+    grads = [torch.randn_like(results[0]), torch.randn_like(results[1])]
+    given = [True, True, False] if BY_NAME[options[1]].has_c else [True, True]
+    needs = [k != 1 for k in range(len(plain))]
+    arguments = (grads, given, plain, results, needs, *options[:-1])
+    torch.library.opcheck(ops.layer_backward_op, arguments, test_utils=checks)

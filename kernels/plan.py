@@ -255,15 +255,20 @@ def plans(
         refusal = str(reason)
     if limits.groups:
         groups = list(_cooperative(case))
-        found += [plan for plan in groups if plan.work <= MOST_WORK] or groups
-        if not found:
-            found += _streamed(case)
+        if not found and not groups:
+            groups = list(_streamed(case))
+        found += [plan for plan in groups if plan.work <= MOST_WORK] or _least_work(groups)
     if not found:
         if not limits.groups:
             refusal += ", and a group of programs cannot run here"
         raise DoesNotFit(refusal)
     found = [plan if plan.members == 1 else replace(plan, why=refusal) for plan in found]
     return sorted(found, key=lambda plan: plan.step_us)
+
+
+def _least_work(plans: list[Plan]) -> list[Plan]:
+    least = min((plan.work for plan in plans), default=0.0)
+    return [plan for plan in plans if plan.work == least]
 
 
 def make_plan(

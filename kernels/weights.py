@@ -95,7 +95,7 @@ def product(w, x, init, KS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.conste
 
 @triton.jit
 def add_products(ws, xs, acc, KS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.constexpr):
-    """Acc + the products of all chunks; acc may be None."""
+    """Add the products of all chunks to acc, which may be None."""
     for i in tl.static_range(len(ws)):
         acc = product(ws[i], xs[i], acc, KS, MS, PRECISION)
     return acc

@@ -4,7 +4,10 @@ python .ci/ptxsim_check.py
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -14,42 +17,156 @@ sys.path[:0] = [str(SHARED), str(ROOT), str(ROOT / "tests")]
 
 import ptxsim  # noqa: E402
 import torch  # noqa: E402
-from sweep_oracle import Problem, check_sweeps  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from sweep_oracle import Problem, check_sweeps, group_plan  # noqa: E402
 
 import fused_rnn.kernels.backward as backward  # noqa: E402
 import fused_rnn.kernels.forward as forward  # noqa: E402
-from fused_rnn.kernels.plan import LIMITS, make_plan  # noqa: E402
+from fused_rnn.kernels.group import LINE  # noqa: E402
+from fused_rnn.kernels.plan import LIMITS, SPECS, make_plan  # noqa: E402
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+KERNELS = {
+    forward: ("forward_kernel", forward.forward_kernel),
+    backward: ("backward_kernel", backward.backward_kernel),
+}
+
+
+class Race(AssertionError):
+    """Accesses to memory in no order."""
 
 
 class Emulated:
-    """Stands in for a kernel: `kernel[grid](...)` runs its PTX here."""
+    """Stands in for a kernel: `kernel[grid](...)` runs its PTX here.
 
-    def __init__(self, kernel, arch):
-        self.kernel, self.arch = kernel, arch
+    Among the arguments are options of the compiler and of the launch. launch_cooperative_grid is
+    one of them, and always true here: all programs are in flight, and the seed picks who goes on.
+    """
+
+    def __init__(self, kernel, arch, seed):
+        self.kernel, self.arch, self.seed = kernel, arch, seed
+        self.weight_bytes = 0
 
     def __getitem__(self, grid):
         def launch(**arguments):
-            stats = ptxsim.triton_launch(
-                self.kernel, grid, arch=self.arch, race_check=True, **arguments
-            )
-            assert not stats.races, "\n".join(stats.races)
+            how = {"arch": self.arch, "race_check": True, "schedule": ("random", self.seed)}
+            stats = ptxsim.triton_launch(self.kernel, grid, **how, **arguments)
+            self.weight_bytes += stats.loads("w").bytes
+            if stats.races:
+                raise Race("\n".join(stats.races))
 
         return launch
 
 
-def check(name, dtype, H, B, T, arch, reverse=(False,), packed=False):
-    """Both sweeps of one layer, in the emulator, against the fp64 loop."""
-    plan = make_plan(name, H, dtype.itemsize, B, len(reverse), LIMITS[arch])
-    check_sweeps(Problem(name, dtype, H, B, T, reverse, packed), plan, "ieee", use_c_seq=True)
+def check(p: Problem, plan, arch, precision="ieee", seed=0, saves=(True,), wrong=None):
+    """Both sweeps of a layer against the fp64 loop; the bytes of weights that each has read.
+
+    wrong: a sweep's module, a name in its kernel, and what that is to mean instead.
+    """
+    emulated = []
+    for module, (name, kernel) in KERNELS.items():
+        if wrong and module is wrong[0]:
+            fn = FunctionType(kernel.fn.__code__, kernel.fn.__globals__ | {wrong[1]: wrong[2]})
+            fn.__annotations__ = kernel.fn.__annotations__
+            kernel = triton.jit(fn)
+        emulated.append(Emulated(kernel, arch, seed))
+        setattr(module, name, emulated[-1])
+    check_sweeps(p, plan, precision, use_c_seq=True, saves=saves)
+    return [e.weight_bytes for e in emulated]
+
+
+def check_cell(name, arch):
+    """A cell as it is planned: large, of both directions, packed."""
+    for dtype, H, B, T, reverse, packed in (
+        (BF16, 128, 11, 4, (False,), False),
+        (F16, 40, 3, 5, (False, True), False),
+        (F32, 24, 3, 0, (False, True), True),
+    ):
+        plan = make_plan(name, H, dtype.itemsize, B, len(reverse), LIMITS[arch])
+        p = Problem(name, dtype, H, B, T, reverse, packed)
+        check(p, plan, arch, saves=(False, True) if arch == 80 else (True,))
+    print(f"sm_{arch} {name}: numbers right, no race", flush=True)
+
+
+@dataclass
+class Group:
+    """A layer for groups of 2 to 5 programs, two of each direction."""
+
+    cell: str
+    dtype: torch.dtype
+    H: int
+    plan: dict[str, Any]
+    reverse: tuple[bool, ...] = (False,)
+    packed: bool = False
+    precision: str = "ieee"
+
+
+STREAMED = {"regime": "streamed"}
+GROUPS = [
+    Group("lstm", BF16, 40, {"block_k": 64, "k_split": 4}),
+    Group("lstm", F32, 40, {"block_k": 16}, precision="tf32"),
+    Group("gru", F16, 40, {"block_h": 32, "block_k": 64, "k_split": 2, "m_split": 2}, (True,)),
+    Group("rnn_tanh", BF16, 72, {"block_k": 64, "k_split": 4}),
+    Group("lstm", F16, 24, {"tiles": 1}, (False, True), packed=True),
+    Group("gru", BF16, 40, {"block_h": 32, "chunks": 1}),  # of two; the other in shared memory
+    Group("lstm", BF16, 40, STREAMED),
+    Group("gru", F32, 24, STREAMED),
+    Group("rnn_tanh", F16, 72, STREAMED | {"block_h": 32}, (True,)),
+]
+
+
+def check_group(group, arch):
+    """Any schedule has right numbers; weights that stay on the chip are read once."""
+    read = {}
+    for T, seed in ((3, 0), (3, 1), (6, 2)):
+        p = Problem(group.cell, group.dtype, group.H, 9, T, group.reverse, group.packed)
+        plan = group_plan(p, warps=4, **group.plan)
+        read[T] = check(p, plan, arch, group.precision, seed)
+    all_weights = SPECS[group.cell].gates * group.H**2 * group.dtype.itemsize
+    once = 2 * len(group.reverse) * all_weights  # by two batch tiles
+    if plan.regime == "streamed":
+        assert read == {T: [(T + 1) * once, T * once] for T in (3, 6)}, read
+    elif plan.chunks == -(-group.H // plan.block_k):
+        assert read == {T: [once, once] for T in (3, 6)}, read
+    else:  # once for the registers and, in part, once more for shared memory
+        assert read[3] == read[6], read
+        assert once < max(read[3]) < 2 * once, read
+    print(f"sm_{arch} {group}: numbers right, no race, weights read as planned", flush=True)
+
+
+@triton.jit
+def arrive_relaxed(counters, step):
+    """`group.arrive` without its order."""
+    tl.atomic_add(counters + (step % 2) * LINE, 1, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def wait_relaxed(counters, step, members):
+    """`group.wait` without its order."""
+    target = (step // 2 + 1) * members
+    while tl.atomic_add(counters + (step % 2) * LINE, 0, sem="relaxed", scope="gpu") != target:
+        pass
+    tl.debug_barrier()
+
+
+def check_wrong(arch):
+    """A barrier that does not order memory is a race, even where the numbers come out right."""
+    p = Problem("rnn_tanh", BF16, 40, 9, 3)
+    for module in KERNELS:
+        for name, function in (("arrive", arrive_relaxed), ("wait", wait_relaxed)):
+            try:
+                check(p, group_plan(p, warps=4), arch, wrong=(module, name, function))
+            except Race:
+                continue
+            sys.exit(f"{function.__name__} in {module.__name__} was not found to be a race")
+    print(f"sm_{arch} wrong barriers: races found", flush=True)
 
 
 if __name__ == "__main__":
-    kernels = forward.forward_kernel, backward.backward_kernel
     for arch in (80, 90):
-        forward.forward_kernel = Emulated(kernels[0], arch)
-        backward.backward_kernel = Emulated(kernels[1], arch)
-        for name in ("rnn_tanh", "rnn_relu", "gru", "lstm"):
-            check(name, torch.bfloat16, 128, 11, 4, arch)
-            check(name, torch.float16, 40, 3, 5, arch, (False, True))
-            check(name, torch.float32, 24, 3, 0, arch, (False, True), packed=True)
-            print(f"sm_{arch} {name}: numbers right, no race", flush=True)
+        for name in SPECS:
+            check_cell(name, arch)
+        for group in GROUPS if arch == 80 else GROUPS[::2]:
+            check_group(group, arch)
+        check_wrong(arch)

@@ -1,4 +1,4 @@
-"""Settings of every test: two threads, fixed seeds, and fresh memory that is poisoned with NaN."""
+"""Settings of every test: few threads, fixed seeds, and fresh memory that is poisoned with NaN."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,9 @@ if not torch.cuda.is_available():
 
 settings.register_profile("default", deadline=None, derandomize=True)  # timing decides no test
 settings.load_profile("default")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Workers of pytest-xdist share the cores, and threads that wait for each other do not.
+threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(min(threads, os.cpu_count() or 1))
 
 
 @pytest.fixture(

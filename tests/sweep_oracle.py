@@ -1,22 +1,25 @@
 """The recurrence of one layer in fp64, and both sweep kernels compared with it."""
 
 import itertools
+from dataclasses import replace
 
 import torch
 
 from fused_rnn import cells
 from fused_rnn.kernels import backward, forward
 from fused_rnn.kernels.forward import Rows
+from fused_rnn.kernels.plan import LIMITS, make_plan
 
 CELLS = {c.name: c for c in (cells.RNN_TANH, cells.RNN_RELU, cells.GRU, cells.LSTM)}
 # Largest error over the largest value of the reference. 16-bit: h is rounded once per step, the
 # gates and their gradients once each.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+TF32_TOLERANCE = 3e-3  # products with as many bits as fp16 has
 LENGTHS = {
     1: [2],
     3: [7, 7, 2],
     8: [5, 5, 5, 4, 3, 3, 1, 1],
-    9: [4, 4, 3, 2, 2, 2, 2, 1, 1],
+    9: [3, 3, 3, 2, 2, 2, 2, 1, 1],
     17: [7] * 8 + [6] * 3 + [3] * 5 + [1],
 }
 
@@ -105,15 +108,28 @@ class Problem:
         return None if x is None else x.detach().to(dtype or self.dtype).contiguous()
 
 
-def assert_close(got, want, dtype, what):
+def group_plan(p: Problem, block_h=16, block_k=32, **parts):
+    """A plan with these parts for a group; all weights in registers, if `parts` do not say other.
+
+    Made by hand, small sizes meet what the planner gives to large ones.
+    """
+    chunks = 0 if parts.get("regime") == "streamed" else -(-p.H // block_k)
+    plan = make_plan(p.name, p.H, p.dtype.itemsize, 1, len(p.reverse), LIMITS[80], fast=False)
+    plan = replace(plan, regime="cooperative", block_h=block_h, block_k=block_k, block_b=8)
+    plan = replace(plan, members=-(-p.H // block_h), chunks=chunks, k_split=1, m_split=1, tiles=0)
+    return replace(plan, **parts)
+
+
+def assert_close(got, want, tolerance, what):
     error = (got.double() - want).abs().max().item()
-    limit = TOLERANCE[dtype] * max(1.0, want.abs().max().item())
+    limit = tolerance * max(1.0, want.abs().max().item())
     assert error <= limit, f"{what}: error {error:.2e}, allowed {limit:.2e}"
 
 
 def check_sweeps(p: Problem, plan, precision, use_c_seq, saves=(False, True)):
     """Both sweeps against the reference; what they found and what they should, by name."""
     D = len(p.reverse)
+    tolerance = TF32_TOLERANCE if precision == "tf32" else TOLERANCE[p.dtype]
     how = {"rows": p.rows, "reverse": p.reverse, "precision": precision, "plan": plan}
     w, bias = p.to(p.w), p.to(p.bias) if p.name == "gru" else None
     h0, c0 = p.to(p.h0), p.to(p.c0, torch.float32)
@@ -133,7 +149,7 @@ def check_sweeps(p: Problem, plan, precision, use_c_seq, saves=(False, True)):
         got = {"out": out, "h_n": h_n, "c_n": c_n, "c_seq": c_seq}
         got = {name: x for name, x in got.items() if x is not None}
         for name, x in got.items():
-            assert_close(x, want[name], p.dtype, name)
+            assert_close(x, want[name], tolerance, name)
 
     d, gradients = p.gradients(use_c_seq)
     saved = [None if x is None else x.clone() for x in (gates, c_seq, out)]
@@ -143,7 +159,7 @@ def check_sweeps(p: Problem, plan, precision, use_c_seq, saves=(False, True)):
     )
     got |= {"dgates": dgates, "dh0": dh0} | ({"dc0": dc0} if p.cell.has_c else {})
     for name, x in gradients.items():
-        assert_close(got[name], x, p.dtype, name)
+        assert_close(got[name], x, tolerance, name)
     for x, kept in zip((gates, c_seq, out), saved, strict=True):
         assert x is None or torch.equal(x, kept), "a saved tensor was modified"
     return got, want | gradients

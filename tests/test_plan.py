@@ -1,0 +1,212 @@
+"""The planner: every plan fits its chip, covers all units, sequences, directions, and is resident.
+
+The rules are computed here once more, from the chip's limits and not by the planner's functions.
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fused_rnn.kernels.plan import (
+    LIMITS,
+    MOST_CHUNKS,
+    MOST_WORK,
+    SPECS,
+    DoesNotFit,
+    Plan,
+    make_plan,
+    plans,
+)
+
+PRECISIONS = {"bf16": (2, "tf32"), "tf32": (4, "tf32"), "fp32": (4, "ieee")}
+GROUPS = {str(t): limits for t, limits in LIMITS.items() if limits.groups}
+K = 1024
+
+cells = st.sampled_from(list(SPECS))
+dtypes = st.sampled_from(list(PRECISIONS))
+# Half of them within one program, and many beside a multiple of a tile.
+sizes = st.one_of(
+    st.integers(1, 256),
+    st.integers(1, 4096),
+    st.builds(lambda n, d: min(4096, max(1, 32 * n + d)), st.integers(0, 128), st.integers(-1, 1)),
+)
+
+
+def all_plans(cell, dtype, H, B, D, limits, fast=True):
+    itemsize, precision = PRECISIONS[dtype]
+    return plans(cell, H, itemsize, B, D, limits, precision=precision, fast=fast)
+
+
+def power_of_two(n):
+    return n > 0 and n & (n - 1) == 0
+
+
+def check(plan, cell, dtype, H, B, D, limits):
+    gates, itemsize = SPECS[cell].gates, PRECISIONS[dtype][0]
+
+    # Tiles are what Triton can have, and cover every unit once.
+    tiles = plan.block_h, plan.block_k, plan.block_b, plan.warps, plan.k_split, plan.m_split
+    assert all(map(power_of_two, tiles))
+    assert (plan.members - 1) * plan.block_h < H <= plan.members * plan.block_h
+    count = -(-H // plan.block_k)
+    assert 0 <= plan.chunks <= count
+    assert (plan.regime == "persistent") == (plan.members == 1)
+    assert (plan.regime == "streamed") == (plan.weights == "L2")
+    if plan.regime == "persistent":
+        assert plan.block_k == plan.block_h
+    else:
+        assert plan.work == pytest.approx(plan.members * plan.block_h * count * plan.block_k / H**2)
+    if plan.regime == "cooperative":
+        assert count <= MOST_CHUNKS
+        where = {0: "shared", count: "registers"}.get(plan.chunks, "registers and shared")
+        assert plan.weights == where
+
+    # Each warp has a slice of a batched dot; mma takes 16 columns or rows of it at least.
+    split = plan.k_split * plan.m_split
+    assert split in (1, plan.warps)
+    assert plan.block_k // split >= 16 or split == 1
+    assert plan.block_h % plan.m_split == 0
+
+    # It fits.
+    assert plan.block_b in (8, 16)
+    assert plan.warps <= limits.warps
+    assert plan.weight_registers < limits.registers
+    assert plan.shared <= limits.shared
+    resident = gates * plan.block_h * plan.block_k * itemsize
+    if plan.regime == "cooperative":
+        assert plan.weight_registers * 4 * limits.warp * plan.warps >= plan.chunks * resident
+        assert plan.shared >= (count - plan.chunks) * resident
+    assert not plan.fast or (itemsize == 2 and limits.fast_tanh)
+
+    # Every batch tile of every direction is in one launch, all of whose programs are resident.
+    todo = Counter((t, d) for t in range(-(-B // plan.block_b)) for d in range(D))
+    launches = list(plan.launches(B, D))
+    done = Counter(
+        (t0 + t, d0 + d) for t0, n, d0, m in launches for t in range(n) for d in range(m)
+    )
+    assert done == todo
+    if plan.members > 1:
+        by_registers = 65536 // (256 * 32 * plan.warps)  # as if each thread had 256
+        by_shared = limits.sm_shared // (plan.shared + K)  # the system takes 1 KiB of each
+        room = limits.sms * min(by_registers, by_shared)
+        assert plan.tiles * plan.directions * plan.members <= room
+        assert all(plan.members * n * m <= room for _, n, _, m in launches)
+
+
+@settings(max_examples=400)
+@given(cells, dtypes, sizes, st.integers(1, 512), st.integers(1, 2), st.sampled_from(list(GROUPS)))
+@example("lstm", "bf16", 1, 1, 1, "80")
+@example("lstm", "bf16", 4096, 512, 2, "86")  # one group after the other
+@example("gru", "tf32", 2688, 1, 2, "86")
+@example("gru", "fp32", 4096, 17, 2, "90")
+@example("rnn_relu", "tf32", 4096, 512, 1, "120")
+def test_every_plan(cell, dtype, H, B, D, target):
+    case = cell, dtype, H, B, D, GROUPS[target]
+    found = all_plans(*case)
+    for plan in found:
+        check(plan, *case)
+    assert [plan.step_us for plan in found] == sorted(plan.step_us for plan in found)
+    itemsize, precision = PRECISIONS[dtype]
+    assert make_plan(cell, H, itemsize, B, D, GROUPS[target], precision=precision) == found[0]
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("cell", SPECS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_padding(cell, dtype):
+    """A group multiplies few zeros: not more than MOST_WORK, or than the smallest tiles do."""
+    for H in (*range(64, 320), *range(320, 1088, 31)):
+        for target in ("86", "90"):
+            plan = all_plans(cell, dtype, H, 8, 1, GROUPS[target])[0]
+            least = -(-H // 16) * 16 * -(-H // 32) * 32 / H**2
+            if plan.members > 1:
+                assert plan.work <= max(MOST_WORK, least), f"H = {H} on {target}: {plan}"
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=lambda limits: str(limits.target))
+@pytest.mark.parametrize("cell", SPECS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_one_program(cell, dtype, limits):
+    """Without groups, all sizes up to a largest one fit, and beyond it there is a reason."""
+    alone = replace(limits, groups=False)
+    refusal, last = None, 0
+    for H in range(1, 321):
+        try:
+            (plan,) = all_plans(cell, dtype, H, 8, 1, alone)
+        except DoesNotFit as reason:  # noqa: PERF203
+            refusal = str(reason)
+            assert f"{cell} with H = {H} needs" in refusal
+            assert "KiB" in refusal
+            assert "group" in refusal
+        else:
+            assert refusal is None
+            check(plan, cell, dtype, H, 8, 1, alone)
+            last = H
+    assert {"bf16": 128, "tf32": 64, "fp32": 32}[dtype] <= last <= 256
+
+
+@given(cells, dtypes, st.integers(257, 4096), st.integers(1, 512))
+def test_amd_beyond_one_program(cell, dtype, H, B):
+    with pytest.raises(DoesNotFit, match=f"{cell} with H = {H} needs .*group"):
+        all_plans(cell, dtype, H, B, 1, LIMITS["gfx942"])
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "H", "regime"),
+    [
+        ("lstm", "bf16", 32, "persistent"),
+        ("rnn_tanh", "bf16", 128, "persistent"),
+        ("lstm", "bf16", 512, "cooperative"),
+        ("gru", "tf32", 256, "cooperative"),
+        ("lstm", "bf16", 4096, "streamed"),
+        ("gru", "fp32", 512, "streamed"),
+    ],
+)
+def test_regime(cell, dtype, H, regime):
+    assert all_plans(cell, dtype, H, 8, 1, LIMITS[90])[0].regime == regime
+
+
+PLAN = Plan(
+    regime="cooperative",
+    block_h=16,
+    block_k=128,
+    block_b=8,
+    warps=4,
+    k_split=4,
+    m_split=1,
+    members=32,
+    tiles=4,
+    directions=1,
+    chunks=4,
+    fast=True,
+    weights="registers",
+    weight_registers=128,
+    shared=40 * K,
+    work=1.0,
+    step_us=5.0,
+)
+
+
+def test_text():
+    text = "cooperative: 16 units x 8 sequences in 4 warps, weights in registers"
+    text += ", groups of 32 programs, up to 4 batch tiles a launch"
+    assert str(PLAN) == text
+    one = replace(PLAN, regime="persistent", block_h=128, warps=8, members=1, tiles=0)
+    assert str(one) == "persistent: 128 units x 8 sequences in 8 warps, weights in registers"
+
+
+def test_launches():
+    """Batch tiles that do not fit one launch go into the next, and so do directions."""
+    assert list(PLAN.launches(B=8, D=1)) == [(0, 1, 0, 1)]
+    assert list(PLAN.launches(B=9 * 8 - 7, D=2)) == [
+        (0, 4, 0, 1),
+        (4, 4, 0, 1),
+        (8, 1, 0, 1),
+        (0, 4, 1, 1),
+        (4, 4, 1, 1),
+        (8, 1, 1, 1),
+    ]
+    assert list(replace(PLAN, tiles=0, directions=2).launches(B=17, D=2)) == [(0, 3, 0, 2)]

@@ -1,10 +1,13 @@
 """Compile the sweeps for every target, without a GPU, and count what is in their time loop.
 
     python -m bench.static [--json FILE] [--target 80 90] [--cell lstm] [--hidden 128]
+    python -m bench.static --capacity
 
-One row per kernel: registers, spilled bytes and shared memory of the program; in the time loop, per
-warp and step: instructions, barriers, shared and global accesses, tensor instructions, and the
-bytes of weights that the loop reads again (0: they stay in registers).
+One row per kernel: its regime and the programs of a group; registers, spilled bytes and shared
+memory of the program; in the time loop, per warp and step: instructions (of streamed weights, those
+of one tile), barriers, shared and global accesses, tensor instructions, and the bytes of weights
+that the loop reads again (0: they stay in registers). --capacity prints the largest hidden size of
+each regime instead, and compiles nothing.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_rnn.kernels import backward, cells, forward
+from fused_rnn.kernels.group import launch_options, sweep_constants
 from fused_rnn.kernels.plan import LIMITS, SPECS, DoesNotFit, Limits, Plan, make_plan
 
 DTYPES: dict[str, Literal["ieee", "tf32"]] = {
@@ -53,9 +57,12 @@ class Row:
     cell: str
     dtype: str
     hidden: int
+    target: str
+    regime: str
+    members: int
+    block_h: int
     block_b: int
     warps: int
-    target: str
     registers: int = -1
     spill: int = -1
     shared: int = -1
@@ -80,28 +87,29 @@ def _arguments(
     constants: dict[str, Any]
     x = "*fp32" if dtype in ("fp32", "tf32") else f"*{dtype}"
     lstm, gates = spec.states == 2, spec.slots == 4
-    types = {n: "i32" for n in ("T", "B", "N", "reverse")} | {"scale": "fp32", "w": x}
-    constants = {
+    integers = ("T", "B", "N", "first_tile", "first_direction", "reverse")
+    types = dict.fromkeys(integers, "i32") | {"scale": "fp32", "w": x}
+    constants = sweep_constants(plan, D) | {
         "G": spec.gates,
         "STATES": spec.states,
-        "D": D,
         "H": H,
-        "BLOCK_H": plan.block_h,
-        "BLOCK_B": plan.block_b,
-        "BATCH": plan.batch,
-        "FAST": plan.fast,
         "PRECISION": DTYPES[dtype],
     }
+    if plan.members > 1:
+        types["counters"] = "*i32"
     if packed:
         types["offsets"] = "*i64"
     if kernel == "reverse":
         fn = backward.backward_kernel
         types |= dict.fromkeys(("dout", "dh_n", "dgates"), x)
         types |= {"states": "*fp32" if lstm else x, "dh0": "*fp32", "zero": "i32"}
+        if plan.members > 1:
+            types["partials"] = "*fp32"
         if gates:
             types |= {"gates": x, "initial": types["states"]}
         if lstm:
             types |= {"dc_n": "*fp32", "dc0": "*fp32"}
+        constants |= backward.plan_constants(plan)
         constants |= {"FACTORS": cells.FACTORS[cell], "ADJOINT": cells.ADJOINTS[cell]}
     else:
         fn = forward.forward_kernel
@@ -112,6 +120,7 @@ def _arguments(
             types |= {"c0": "*fp32", "c_n": "*fp32"}
             if kernel == "forward":
                 types["c_seq"] = "*fp32"
+        constants |= forward.plan_constants(plan)
         constants |= {"STEP": cells.STEPS[cell], "SAVE": kernel == "forward"}
     for name in fn.arg_names:
         if name not in types and name not in constants:
@@ -142,7 +151,7 @@ def compile_sweep(
         },
     )
     backend = "cuda" if isinstance(limits.target, int) else "hip"
-    options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
+    options = launch_options(plan)
     return triton.compile(
         source, target=GPUTarget(backend, limits.target, limits.warp), options=options
     )
@@ -245,6 +254,43 @@ def plan_for(cell: str, H: int, dtype: str, limits: Limits) -> Plan:
     return make_plan(cell, H, 4 if "32" in dtype else 2, 8, 1, limits, precision=DTYPES[dtype])
 
 
+def planned_row(kernel: str, cell: str, dtype: str, H: int, target: str, plan: Plan) -> Row:
+    """A row with what is known before compiling."""
+    shape = plan.members, plan.block_h, plan.block_b, plan.warps
+    return Row(kernel, cell, dtype, H, target, plan.regime, *shape)
+
+
+def capacity(limits: Limits, cell: str, dtype: str, step: int = 32, most: int = 4096) -> list[int]:
+    """Largest H with the weights in one program's, a group's registers, and anywhere on the chip.
+
+    A multiple of `step`; 0 for none.
+    """
+    found = [0, 0, 0]
+    for H in range(step, most + 1, step):
+        try:
+            plan = plan_for(cell, H, dtype, limits)
+        except DoesNotFit:
+            break
+        if plan.regime == "streamed":
+            break
+        home = 0 if plan.members == 1 else 1 if plan.weights == "registers" else 2
+        found[home:] = [H] * (3 - home)
+    return found
+
+
+def print_capacity(targets: list[str], names: list[str], dtypes: list[str]) -> None:
+    """The table of capacities, in Markdown."""
+    print("Largest hidden size, batch 8: one program / a group, registers / a group, whole chip\n")
+    columns = [(cell, dtype) for cell in names for dtype in dtypes]
+    print("| GPU |" + "".join(f" {cell} {dtype} |" for cell, dtype in columns))
+    print("|---|" + "---|" * len(columns))
+    for target, limits in LIMITS.items():
+        if str(target) in targets:
+            sizes = ("/".join(map(str, capacity(limits, *column))) for column in columns)
+            name = f"sm_{target}" if isinstance(target, int) else target
+            print(f"| {name}, {limits.sms} SMs |" + "".join(f" {s} |" for s in sizes), flush=True)
+
+
 def rows(
     targets: list[str], names: list[str], hidden: list[int], dtypes: list[str], kernels: list[str]
 ) -> Iterator[Row]:
@@ -260,7 +306,7 @@ def rows(
                     except DoesNotFit:
                         continue
                     for kernel in kernels:
-                        row = Row(kernel, cell, dtype, H, plan.block_b, plan.warps, str(target))
+                        row = planned_row(kernel, cell, dtype, H, str(target), plan)
                         measure(row, compile_sweep(kernel, cell, H, dtype, limits, plan))
                         yield row
 
@@ -270,16 +316,20 @@ def main() -> None:
     everything = [str(t) for t in LIMITS]
     parser.add_argument("--target", nargs="*", default=everything, choices=everything)
     parser.add_argument("--cell", nargs="*", default=["rnn_tanh", "gru", "lstm"], choices=SPECS)
-    parser.add_argument("--hidden", nargs="*", type=int, default=[64, 96, 128, 256])
+    parser.add_argument("--hidden", nargs="*", type=int, default=[64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--dtype", nargs="*", default=["bf16"], choices=DTYPES)
     parser.add_argument("--kernel", nargs="*", default=KERNELS, choices=KERNELS)
     parser.add_argument("--json", help="also write the rows to this file, one JSON object a line")
+    parser.add_argument("--capacity", action="store_true", help="the largest hidden sizes instead")
     args = parser.parse_args()
+    if args.capacity:
+        print_capacity(args.target, args.cell, args.dtype)
+        return
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("unset TRITON_INTERPRET: an interpreted kernel is not compiled")
 
     names = [f.name for f in dataclasses.fields(Row)]
-    width = {n: max(len(n), 9 if n in ("kernel", "cell") else 6) for n in names}
+    width = {n: max(len(n), {"regime": 11, "kernel": 9, "cell": 8}.get(n, 6)) for n in names}
     print(f"Triton {triton.__version__}\n" + " ".join(n.rjust(width[n]) for n in names))
     out = open(args.json, "w") if args.json else None  # noqa: SIM115
     for row in rows(args.target, args.cell, args.hidden, args.dtype, args.kernel):

@@ -4,5 +4,15 @@ from fused_rnn._version import __version__
 from fused_rnn.explain import explain
 from fused_rnn.fuse import fuse, unfuse
 from fused_rnn.layers import FusedGRU, FusedLSTM, FusedRNN
+from fused_rnn.tuning import tune
 
-__all__ = ["FusedGRU", "FusedLSTM", "FusedRNN", "__version__", "explain", "fuse", "unfuse"]
+__all__ = [
+    "FusedGRU",
+    "FusedLSTM",
+    "FusedRNN",
+    "__version__",
+    "explain",
+    "fuse",
+    "tune",
+    "unfuse",
+]

@@ -85,7 +85,7 @@ def choose(
         return Choice("cpu", cpu, f"sweeps of PyTorch calls; not oneDNN, since {refusal}")
     engine = triton_backend.make_engine(layer, device, dtype, H, projected)
     if not isinstance(engine, str):
-        return Choice("triton", engine, f"persistent sweeps, {engine.plan}")
+        return Choice("triton", engine, engine.plan.reason)
     if backend == "triton":
         raise RuntimeError(
             f"backend='triton' cannot run {layer.cell.name} with hidden_size={H} in {dtype} on "

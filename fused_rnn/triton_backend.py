@@ -53,13 +53,24 @@ def _refusal_of_triton() -> str | None:
     return None
 
 
+def refusal(dtype: torch.dtype, projected: bool) -> str | None:
+    """Why no GPU could run a layer, or None."""
+    if reason := _refusal_of_triton():
+        return reason
+    if dtype not in _DTYPES:
+        return f"there are kernels for float32, float16 and bfloat16, not for {dtype}"
+    if projected:
+        return "there are no kernels for projections (proj_size)"
+    return None
+
+
 @lru_cache
 def device_limits(device: torch.device) -> "Limits":
     """What the chip offers: the table's entry for its architecture, with its own counts."""
     from fused_rnn.kernels.plan import LIMITS
 
-    if device.type == "cpu":
-        return LIMITS[80]
+    if device.type == "cpu":  # the interpreter runs one program after the other: none can wait
+        return replace(LIMITS[80], groups=False)
     properties: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         name = properties.gcnArchName.split(":")[0]
@@ -74,6 +85,7 @@ def device_limits(device: torch.device) -> "Limits":
         LIMITS[max(known)],
         sms=properties.multi_processor_count,
         shared=properties.shared_memory_per_block_optin,
+        sm_shared=properties.shared_memory_per_multiprocessor,
     )
 
 
@@ -172,27 +184,16 @@ def make_engine(
     """The engine for a layer, or why there is none."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"Triton runs on CUDA and ROCm devices, not on {device.type}"
-    if refusal := _refusal_of_triton():
-        return refusal
-    if dtype not in _DTYPES:
-        return f"there are kernels for float32, float16 and bfloat16, not for {dtype}"
-    if projected:
-        return "there are no kernels for projections (proj_size)"
-    from fused_rnn.kernels.plan import DoesNotFit, make_plan
+    if reason := refusal(dtype, projected):
+        return reason
+    from fused_rnn.kernels.plan import DoesNotFit
+    from fused_rnn.tuning import Request, choose_plan
 
     gpu = device.type == "cuda"
     precision: Literal["ieee", "tf32"] = rnn_precision() if gpu else "ieee"
+    request = Request(layer.cell.name, H, dtype, layer.rows.B, layer.directions, precision)
     try:
-        plan = make_plan(
-            layer.cell.name,
-            H,
-            dtype.itemsize,
-            layer.rows.B,
-            layer.directions,
-            device_limits(device),
-            precision=precision,
-            fast=gpu,
-        )
+        plan = choose_plan(request, device_limits(device), device)
     except UnknownDevice as unknown:
         return f"no plan for {unknown}"
     except DoesNotFit as reason:

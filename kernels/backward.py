@@ -15,17 +15,18 @@ from torch import Tensor
 
 from fused_rnn.kernels.cells import ADJOINTS, FACTORS
 from fused_rnn.kernels.forward import Rows
+from fused_rnn.kernels.group import LINE, arrive, launch, wait
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
     from_memory,
-    load_weights,
     pin,
-    product,
     step_rows,
     tile_steps,
     to_memory,
     unpack,
+    words,
 )
+from fused_rnn.kernels.weights import add_slices, load_weights, product
 
 
 @triton.jit
@@ -35,58 +36,74 @@ def join_rows(x, y, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def through_weights(
-    w,
-    x,
-    init,
-    BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BATCH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`product` with the transposed weights, [BLOCK_H, BLOCK_B] in and out."""
-    if BATCH > 1:
-        init = tl.reshape(init, (BATCH, BLOCK_H // BATCH, BLOCK_B))
-    dh = product(w, x, init, BATCH, PRECISION)
-    if BATCH > 1:
-        dh = tl.reshape(dh, (BLOCK_H, BLOCK_B))
+def operands(slots, dtype, G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """What goes through the transposed weights: of the first two gates or the only one; the others.
+
+    GRU has one other, in slot 3.
+    """
+    x = slots[0].to(dtype)
+    y = x
+    if G > 1:
+        x = join_rows(x, slots[1].to(dtype), BLOCK_H, BLOCK_B)
+        y = slots[3].to(dtype)
+    if G == 4:
+        y = join_rows(slots[2].to(dtype), y, BLOCK_H, BLOCK_B)
+    return x, y
+
+
+@triton.jit
+def through_weights(w, x, init, MS: tl.constexpr, PRECISION: tl.constexpr):
+    """`product` with a transposed tile, to [BLOCK_K, BLOCK_B]."""
+    ROWS: tl.constexpr = init.shape[0]
+    if MS > 1:
+        init = tl.reshape(init, (MS, ROWS // MS, init.shape[1]))
+    dh = product(w, x, init, 1, MS, PRECISION)
+    if MS > 1:
+        dh = tl.reshape(dh, (ROWS, dh.shape[2]))
     return dh
 
 
 @triton.jit
-def first_product(
-    w,
-    slots,
-    init,
-    G: tl.constexpr,
+def store_partial(
+    part,
+    partials,
+    chunk,
+    member,
+    MEMBERS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BATCH: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """What the first two gates, or the only one, send through the transposed weights, plus init."""
-    x = slots[0].to(w.dtype)
-    if G > 1:
-        x = join_rows(x, slots[1].to(w.dtype), BLOCK_H, BLOCK_B)
-    return through_weights(w, x, init, BLOCK_H, BLOCK_B, BATCH, PRECISION)
+    """Store what this program found for a chunk of all units, each member's part at its place."""
+    k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
+    at = ((k // BLOCK_H) * MEMBERS + member) * (BLOCK_H * BLOCK_B)
+    at += tl.arange(0, BLOCK_B)[None, :] * BLOCK_H + k % BLOCK_H
+    tl.store(partials + at, part, mask=k < MEMBERS * BLOCK_H)
 
 
 @triton.jit
-def last_product(
-    w,
-    slots,
-    init,
-    G: tl.constexpr,
+def sum_partials(
+    partials,
+    u0,
+    MEMBERS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BATCH: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """The same for the other two gates; in GRU for one, which is in slot 3."""
-    x = slots[3].to(w.dtype)
-    if G == 4:
-        x = join_rows(slots[2].to(w.dtype), x, BLOCK_H, BLOCK_B)
-    return through_weights(w, x, init, BLOCK_H, BLOCK_B, BATCH, PRECISION)
+    """Add what all members found for this program's units [BLOCK_H, BLOCK_B], in a fixed order."""
+    p = tl.arange(0, TOGETHER)[:, None, None]
+    u = tl.arange(0, BLOCK_H)[None, None, :]
+    at = (p * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]) * BLOCK_H + u
+    total = tl.zeros((TOGETHER, BLOCK_B, BLOCK_H), tl.float32)
+    for i in tl.static_range(0, MEMBERS, TOGETHER):
+        total += tl.load(
+            partials + i * (BLOCK_B * BLOCK_H) + at,
+            mask=(i + p < MEMBERS) & (u0 + u < H),
+            other=0.0,
+            cache_modifier=".cg",
+        )
+    return add_slices(tl.permute(total, (2, 1, 0)), 1, TOGETHER)
 
 
 @triton.jit
@@ -106,24 +123,24 @@ def load_step(
     G: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    WORDS: tl.constexpr,
+    u,
+    m,
 ):
     """Start loading what the factors of a step need: its saved gates and the state before it.
 
     A cell without saved gates (RNN) needs its output instead, and no state before it.
     """
-    u = tl.arange(0, BLOCK_H)[:, None]
     if G == 1:
         x = tl.load(
             states + row.to(tl.int64) * (D * H) + state_at, mask=(u < H) & (seq < count), other=0.0
         )
         before = x
     else:
-        m = tl.arange(0, 4 * BLOCK_H)[:, None]
         x = tl.load(
-            gates + row.to(tl.int64) * (4 * H) + gate_at,
-            mask=(m < 4 * H) & (seq < count),
-            other=0.0,
+            gates + row.to(tl.int64) * (WORDS * H) + gate_at,
+            mask=(m < WORDS * H) & (seq < count),
+            other=0,
         )
         state = states + before_row.to(tl.int64) * (D * H) + state_at
         at = tl.where(seq < before_count, state, initial + first_at)
@@ -131,7 +148,7 @@ def load_step(
     return x, before
 
 
-@triton.jit(do_not_specialize=["T", "B", "N", "reverse", "zero"])
+@triton.jit(do_not_specialize=["T", "B", "N", "first_tile", "first_direction", "reverse", "zero"])
 def backward_kernel(
     gates,  # [D, N, H, S], as the forward sweep left them
     w,  # [D, G * H, H]
@@ -145,11 +162,15 @@ def backward_kernel(
     dh0,  # [D, B, H]
     dc0,
     offsets,  # [T + 1]
+    counters,  # [batch tiles, D, 2, LINE]
+    partials,  # [groups of a launch, 2, MEMBERS, MEMBERS, BLOCK_B, BLOCK_H] fp32
     scale,  # 1.0
     zero,  # 0, but not to the compiler
     T,
     B,
     N,
+    first_tile,  # of the batch, where not all fit one launch
+    first_direction,
     reverse,  # bit d: direction d ran from the last step to the first
     FACTORS: tl.constexpr,
     ADJOINT: tl.constexpr,
@@ -157,54 +178,96 @@ def backward_kernel(
     STATES: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
+    MEMBERS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BATCH: tl.constexpr,
+    REGISTERS: tl.constexpr,
+    STREAM: tl.constexpr,
+    MS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     S: tl.constexpr = 4 if G > 1 else 1
-    FIRST_GATES: tl.constexpr = 2 if G > 1 else 1
+    dtype: tl.constexpr = w.dtype.element_ty
+    WORDS: tl.constexpr = words(S, MEMBERS, dtype)
+    FIRST: tl.constexpr = 2 if G > 1 else 1
+    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     PACKED: tl.constexpr = offsets is not None
-    d = tl.program_id(1).to(tl.int64)
-    b0 = tl.program_id(0) * BLOCK_B
+    member = tl.program_id(0)
+    direction = first_direction + tl.program_id(2)
+    d = direction.to(tl.int64)
+    batch_tile = first_tile + tl.program_id(1)
+    b0 = batch_tile * BLOCK_B
     steps = tile_steps(offsets, b0, T, PACKED)
-    backwards = ((reverse >> tl.program_id(1)) & 1) != 0
+    backwards = ((reverse >> direction) & 1) != 0
     t = tl.where(backwards, 0, steps - 1)
     dt = tl.where(backwards, 1, -1)
+    if MEMBERS > 1:
+        counters += (batch_tile * D + direction) * (2 * LINE)
+        PART: tl.constexpr = MEMBERS * BLOCK_H * BLOCK_B  # of one member, or for one
+        group = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+        partials += group.to(tl.int64) * (2 * MEMBERS * PART)
 
-    u = tl.arange(0, BLOCK_H)[:, None]
-    m = tl.arange(0, S * BLOCK_H)[:, None]
+    u0 = member * BLOCK_H
+    u = u0 + tl.arange(0, BLOCK_H)[:, None]
+    m = u0 * WORDS + tl.arange(0, WORDS * BLOCK_H)[:, None]
     b = tl.arange(0, BLOCK_B)[None, :]
     seq = b0 + b
-    gate_at = b * (S * H) + m
+    gate_at = b * (WORDS * H) + m
     state_at = b * (D * H) + u
     first_at = b * H + u
     first_row = (d * B + b0) * H
     mine = (u < H) & (seq < B)
     column = b0.to(tl.int64) * (D * H) + d * H
-    dgates += (d * N + b0) * (S * H)
+    if WORDS < S:
+        gates = gates.to(tl.pointer_type(tl.int64))
+        dgates = dgates.to(tl.pointer_type(tl.int64))
+    dgates += (d * N + b0) * (WORDS * H)
     states += column
     if G > 1:
-        gates += (d * N + b0) * (S * H)
+        gates += (d * N + b0) * (WORDS * H)
         initial += first_row
     if dout is not None:
         dout += column
     if dc_seq is not None:
         dc_seq += column
 
-    # A product with zeros before the loop reads the weights into registers (see forward.py), and
-    # leaves dh in the layout of a product, which the whole step takes over from it.
+    # A product with zeros before the loop reads the weights into registers (see weights.py), and
+    # leaves dh in the layout of a product, which the whole step takes over from it if the product
+    # stays in this program.
     w += d * (G * H * H)
     none = tl.zeros((BLOCK_H, BLOCK_B), tl.float32) + zero
-    zeros = (none, none, none, none)
-    w_first = load_weights(w, scale, 0, FIRST_GATES, H, BLOCK_H, BATCH, True)
-    dh = first_product(w_first, zeros, none, G, BLOCK_H, BLOCK_B, BATCH, PRECISION)
-    w_last = w_first
-    if G > 1:
-        tl.debug_barrier()
-        w_last = load_weights(w, scale, 2, G - 2, H, BLOCK_H, BATCH, True)
-        dh += last_product(w_last, zeros, none, G, BLOCK_H, BLOCK_B, BATCH, PRECISION)
+    nothing = tl.zeros((BLOCK_K, BLOCK_B), tl.float32) + zero
+    ws = ()
+    ws_last = ()
+    dh = none
+    if not STREAM:
+        first, last = operands((none, none, none, none), dtype, G, BLOCK_H, BLOCK_B)
+        for i in tl.static_range(CHUNKS):
+            if i > 0:
+                tl.debug_barrier()
+            a = load_weights(w, scale, u0, i, 0, FIRST, H, BLOCK_H, BLOCK_K, 1, MS, True)
+            nothing = through_weights(a, first, nothing, MS, PRECISION)
+            if i < REGISTERS:
+                ws = ws + (a,)
+            if G > 1:
+                tl.debug_barrier()
+                a = load_weights(w, scale, u0, i, 2, G - 2, H, BLOCK_H, BLOCK_K, 1, MS, True)
+                nothing = through_weights(a, last, nothing, MS, PRECISION)
+                if i < REGISTERS:
+                    ws_last = ws_last + (a,)
+        for i in tl.static_range(REGISTERS, CHUNKS):
+            tl.debug_barrier()
+            ws = ws + (load_weights(w, None, u0, i, 0, FIRST, H, BLOCK_H, BLOCK_K, 1, MS, True),)
+            if G > 1:
+                a = load_weights(w, None, u0, i, 2, G - 2, H, BLOCK_H, BLOCK_K, 1, MS, True)
+                ws_last = ws_last + (a,)
+    if MEMBERS > 1:
+        dh += tl.sum(nothing)  # a scalar: its layout is to reach nothing
+    else:
+        dh = nothing
     none = pin(none, dh, zero)
     dc = none
     if dh_n is not None:
@@ -217,7 +280,7 @@ def backward_kernel(
     here = (u < H) & (seq < count)
     x, before = load_step(
         gates, states, initial, row, count, next_row, next_count, gate_at, state_at, first_at, seq,
-        B, G, D, H, BLOCK_H,
+        B, G, D, H, WORDS, u, m,
     )  # fmt: skip
     if dout is not None:
         dh += tl.load(dout + row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0).to(
@@ -232,13 +295,13 @@ def backward_kernel(
                 tl.float32
             )
     before = pin(before, dh, zero)
-    saved = unpack(pin(from_memory(x, S, BLOCK_H, BLOCK_B), dh, zero), S)
+    saved = unpack(pin(from_memory(x, dtype, S, BLOCK_H, BLOCK_B), dh, zero), S)
     factors = FACTORS(saved, now, before, FAST)
-    for _ in range(steps):
+    for step in range(steps):
         after_row, after_count = step_rows(offsets, t + 2 * dt, T, B, PACKED)
         x, earlier = load_step(
             gates, states, initial, next_row, next_count, after_row, after_count, gate_at, state_at,
-            first_at, seq, B, G, D, H, BLOCK_H,
+            first_at, seq, B, G, D, H, WORDS, u, m,
         )  # fmt: skip
         here = (u < H) & (seq < next_count)
         if dout is not None:
@@ -247,18 +310,53 @@ def backward_kernel(
             gc = tl.load(dc_seq + next_row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0)
 
         slots, direct, new_dc = ADJOINT(factors, dh, dc, none)
-        # Two accumulators: half as long a chain of dependent instructions.
-        new_dh = first_product(w_first, slots, direct, G, BLOCK_H, BLOCK_B, BATCH, PRECISION)
-        if G > 1:
-            new_dh += last_product(w_last, slots, none, G, BLOCK_H, BLOCK_B, BATCH, PRECISION)
-        y = to_memory(slots, S, BLOCK_H, BLOCK_B).to(dgates.dtype.element_ty)
-        tl.store(dgates + row.to(tl.int64) * (S * H) + gate_at, y, mask=(m < S * H) & (seq < count))
+        first, last = operands(slots, dtype, G, BLOCK_H, BLOCK_B)
+        if MEMBERS > 1:
+            parity = (step % 2) * (MEMBERS * PART)
+            if STREAM:
+                for i in tl.range(0, CHUNKS, num_stages=3):
+                    part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
+                    a = load_weights(w, None, u0, i, 0, FIRST, H, BLOCK_H, BLOCK_K, 1, 1, True)
+                    part = through_weights(a, first, part, 1, PRECISION)
+                    if G > 1:
+                        a = load_weights(w, None, u0, i, 2, G - 2, H, BLOCK_H, BLOCK_K, 1, 1, True)
+                        part = through_weights(a, last, part, 1, PRECISION)
+                    store_partial(
+                        part, partials + parity, i, member, MEMBERS, BLOCK_H, BLOCK_K, BLOCK_B
+                    )
+            else:
+                for i in tl.static_range(CHUNKS):
+                    part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
+                    part = through_weights(ws[i], first, part, MS, PRECISION)
+                    if G > 1:
+                        part = through_weights(ws_last[i], last, part, MS, PRECISION)
+                    store_partial(
+                        part, partials + parity, i, member, MEMBERS, BLOCK_H, BLOCK_K, BLOCK_B
+                    )
+            arrive(counters, step)
+        else:
+            # Two accumulators: half as long a chain of dependent instructions.
+            new_dh = through_weights(ws[0], first, direct, MS, PRECISION)
+            if G > 1:
+                new_dh += through_weights(ws_last[0], last, none, MS, PRECISION)
+        y = to_memory(slots, dtype, WORDS, BLOCK_H, BLOCK_B)
+        tl.store(
+            dgates + row.to(tl.int64) * (WORDS * H) + gate_at,
+            y,
+            mask=(m < WORDS * H) & (seq < count),
+        )
 
-        ref = slots[0]
+        # In a group, only sums of partials reach dh: its layout is then not that of a product.
+        ref = slots[0] if MEMBERS == 1 else dh
         now = before
         before = pin(earlier, ref, zero)
-        saved = unpack(pin(from_memory(x, S, BLOCK_H, BLOCK_B), ref, zero), S)
+        saved = unpack(pin(from_memory(x, dtype, S, BLOCK_H, BLOCK_B), ref, zero), S)
         factors = FACTORS(saved, now, before, FAST)
+        if MEMBERS > 1:
+            wait(counters, step, MEMBERS)
+            new_dh = direct + sum_partials(
+                partials + parity + member * PART, u0, MEMBERS, TOGETHER, H, BLOCK_H, BLOCK_B
+            )
         if PACKED:
             running = seq < count
             new_dh = tl.where(running, new_dh, dh)
@@ -275,6 +373,13 @@ def backward_kernel(
     tl.store(dh0 + first_row + first_at, dh.to(dh0.dtype.element_ty), mask=mine)
     if STATES == 2:
         tl.store(dc0 + first_row + first_at, dc.to(dc0.dtype.element_ty), mask=mine)
+
+
+def plan_constants(plan: Plan) -> dict[str, int]:
+    """The constexpr arguments that this sweep alone takes from a plan."""
+    # As many members' partial sums at a time as fill the threads with 16 bytes each.
+    together = 128 * plan.warps // (plan.block_h * plan.block_b)
+    return {"MS": plan.k_split * plan.m_split, "TOGETHER": max(1, min(8, together))}
 
 
 def reverse_sweep(
@@ -325,7 +430,17 @@ def reverse_sweep(
     dgates = torch.empty(D, N, H, spec.slots, dtype=weight_hh.dtype, device=out.device)
     dh0 = torch.empty(D, rows.B, H, dtype=torch.float32, device=out.device)
     dc0 = torch.empty_like(dh0) if spec.states == 2 else None
-    backward_kernel[(triton.cdiv(rows.B, plan.block_b), D)](
+    partials = None
+    if plan.members > 1:
+        groups = max(tiles * directions for _, tiles, _, directions in plan.launches(rows.B, D))
+        size = 2 * plan.members**2 * plan.block_h * plan.block_b
+        partials = torch.empty(groups * size, dtype=torch.float32, device=out.device)
+    launch(
+        backward_kernel,
+        plan,
+        rows.B,
+        D,
+        out.device,
         gates=gates if spec.slots == 4 else None,
         w=weight_hh,
         states=states,
@@ -338,25 +453,18 @@ def reverse_sweep(
         dh0=dh0,
         dc0=dc0,
         offsets=rows.offsets,
+        partials=partials,
         scale=1.0,
         zero=0,
         T=rows.T,
-        B=rows.B,
         N=N,
         reverse=sum(1 << d for d, r in enumerate(reverse) if r),
         FACTORS=FACTORS[cell],
         ADJOINT=ADJOINTS[cell],
         G=spec.gates,
         STATES=spec.states,
-        D=D,
         H=H,
-        BLOCK_H=plan.block_h,
-        BLOCK_B=plan.block_b,
-        BATCH=plan.batch,
-        FAST=plan.fast,
         PRECISION=precision,
-        num_warps=plan.warps,
-        num_stages=1,
-        enable_fp_fusion=True,
+        **plan_constants(plan),
     )
     return dgates, dh0, dc0

@@ -15,16 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_rnn.kernels.cells import STEPS
+from fused_rnn.kernels.group import LINE, arrive, launch, wait
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
     from_memory,
-    gate_tiles,
-    load_weights,
-    product,
     step_rows,
     tile_steps,
     to_memory,
     unpack,
+    words,
+)
+from fused_rnn.kernels.weights import (
+    add_products,
+    first_products,
+    join_gates,
+    load_h,
+    stream_product,
 )
 
 
@@ -47,20 +53,16 @@ class Rows:
 
 
 @triton.jit
-def join_gates(first, last, G: tl.constexpr, BLOCK_H: tl.constexpr, BATCH: tl.constexpr):
-    """The products of both weight tiles to the slots of a cell, as `tiles.from_memory` has them."""
-    if G == 1:
-        acc = gate_tiles(first, 1, BLOCK_H, BATCH)
+def put_hidden(x, hidden, m, WORDS: tl.constexpr):
+    """Fill GRU's last slot of a tile as it was loaded with the recurrent bias of n."""
+    if WORDS == 1:
+        x = (x & 0xFFFFFFFFFFFF) | (hidden.to(tl.uint16, bitcast=True).to(tl.int64) << 48)
     else:
-        first = gate_tiles(first, 2, BLOCK_H, BATCH)
-        last = gate_tiles(last, G - 2, BLOCK_H, BATCH)
-        if G == 3:
-            last = tl.join(last * 0.0, last)
-        acc = tl.permute(tl.join(first, last), (0, 1, 3, 2))
-    return acc
+        x = tl.where(m % 4 == 3, hidden, x)
+    return x
 
 
-@triton.jit(do_not_specialize=["T", "B", "N", "reverse"])
+@triton.jit(do_not_specialize=["T", "B", "N", "first_tile", "first_direction", "reverse"])
 def forward_kernel(
     gates,  # [D, N, H, S]
     w,  # [D, G * H, H]
@@ -72,10 +74,13 @@ def forward_kernel(
     c_n,
     c_seq,  # [N, D * H]
     offsets,  # [T + 1]
+    counters,  # [batch tiles, D, 2, LINE]
     scale,  # 1.0
     T,
     B,
     N,
+    first_tile,  # of the batch, where not all fit one launch
+    first_direction,
     reverse,  # bit d: direction d runs from the last step to the first
     STEP: tl.constexpr,
     G: tl.constexpr,
@@ -83,28 +88,44 @@ def forward_kernel(
     D: tl.constexpr,
     H: tl.constexpr,
     SAVE: tl.constexpr,
+    MEMBERS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BATCH: tl.constexpr,
+    REGISTERS: tl.constexpr,
+    STREAM: tl.constexpr,
+    KS: tl.constexpr,
+    MS: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     S: tl.constexpr = 4 if G > 1 else 1
-    FIRST_GATES: tl.constexpr = 2 if G > 1 else 1
+    dtype: tl.constexpr = gates.dtype.element_ty
+    WORDS: tl.constexpr = words(S, MEMBERS, dtype)
+    FIRST: tl.constexpr = 2 if G > 1 else 1
+    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     PACKED: tl.constexpr = offsets is not None
-    d = tl.program_id(1).to(tl.int64)
-    b0 = tl.program_id(0) * BLOCK_B
+    member = tl.program_id(0)
+    direction = first_direction + tl.program_id(2)
+    d = direction.to(tl.int64)
+    batch_tile = first_tile + tl.program_id(1)
+    b0 = batch_tile * BLOCK_B
     steps = tile_steps(offsets, b0, T, PACKED)
-    backwards = ((reverse >> tl.program_id(1)) & 1) != 0
+    backwards = ((reverse >> direction) & 1) != 0
     t = tl.where(backwards, steps - 1, 0)
     dt = tl.where(backwards, -1, 1)
+    if MEMBERS > 1:
+        counters += (batch_tile * D + direction) * (2 * LINE)
 
-    u = tl.arange(0, BLOCK_H)[:, None]
-    m = tl.arange(0, S * BLOCK_H)[:, None]
+    u0 = member * BLOCK_H
+    u = u0 + tl.arange(0, BLOCK_H)[:, None]
+    m = u0 * WORDS + tl.arange(0, WORDS * BLOCK_H)[:, None]
     b = tl.arange(0, BLOCK_B)[None, :]
     seq = b0 + b
-    gate_at = b * (S * H) + m
-    gates += (d * N + b0) * (S * H)
+    if WORDS < S:
+        gates = gates.to(tl.pointer_type(tl.int64))
+    gate_at = b * (WORDS * H) + m
+    gates += (d * N + b0) * (WORDS * H)
     column = b0.to(tl.int64) * (D * H) + d * H
     state_at = b * (D * H) + u
     first_at = b * H + u
@@ -116,36 +137,48 @@ def forward_kernel(
     if STATES == 2:
         state = (h, tl.load(c0 + first_row + first_at, mask=mine, other=0.0).to(tl.float32))
     if G == 3:
-        hidden = tl.load(bias + d * H + m // 4, mask=m < 4 * H, other=0.0).to(
-            gates.dtype.element_ty
-        )
+        hidden = tl.load(bias + d * H + m // WORDS, mask=m < WORDS * H, other=0.0).to(dtype)
 
-    # The first product stands before the loop: so the weights are read into registers here. One
-    # tile after the other, since they pass through the same shared memory.
     w += d * (G * H * H)
-    hw = h.to(w.dtype.element_ty)
-    w_first = load_weights(w, scale, 0, FIRST_GATES, H, BLOCK_H, BATCH, False)
-    first = product(w_first, hw, None, BATCH, PRECISION)
-    w_last = w_first
-    last = first
-    if G > 1:
-        tl.debug_barrier()
-        w_last = load_weights(w, scale, 2, G - 2, H, BLOCK_H, BATCH, False)
-        last = product(w_last, hw, None, BATCH, PRECISION)
+    h_at = h0 + first_row + b * H
+    if STREAM:
+        ws = ()
+        ws_last = ()
+        first = stream_product(w, h_at, seq < B, u0, 0, FIRST, H, BLOCK_H, BLOCK_K, PRECISION)
+        last = first
+        if G > 1:
+            last = stream_product(w, h_at, seq < B, u0, 2, G - 2, H, BLOCK_H, BLOCK_K, PRECISION)
+    else:
+        if MEMBERS > 1:
+            hs = load_h(h_at, seq < B, H, BLOCK_K, CHUNKS)
+        else:
+            hs = (h.to(dtype),)
+        ws, first = first_products(
+            w, scale, u0, hs, 0, FIRST, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
+        )
+        ws_last = ws
+        last = first
+        if G > 1:
+            ws_last, last = first_products(
+                w, scale, u0, hs, 2, G - 2, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
+            )
 
     row, count = step_rows(offsets, t, T, B, PACKED)
     next_row, next_count = step_rows(offsets, t + dt, T, B, PACKED)
     x = tl.load(
-        gates + row.to(tl.int64) * (S * H) + gate_at, mask=(m < S * H) & (seq < count), other=0.0
+        gates + row.to(tl.int64) * (WORDS * H) + gate_at,
+        mask=(m < WORDS * H) & (seq < count),
+        other=0,
     )
     if G == 3:
-        x = tl.where(m % 4 == 3, hidden, x)
-    acc = join_gates(first, last, G, BLOCK_H, BATCH) + from_memory(x, S, BLOCK_H, BLOCK_B)
-    for _ in range(steps):
+        x = put_hidden(x, hidden, m, WORDS)
+    acc = join_gates(first, last, G, BLOCK_H, KS, MS)
+    acc += from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
+    for step in range(steps):
         x = tl.load(
-            gates + next_row.to(tl.int64) * (S * H) + gate_at,
-            mask=(m < S * H) & (seq < next_count),
-            other=0.0,
+            gates + next_row.to(tl.int64) * (WORDS * H) + gate_at,
+            mask=(m < WORDS * H) & (seq < next_count),
+            other=0,
         )
         after_row, after_count = step_rows(offsets, t + 2 * dt, T, B, PACKED)
         saved, new = STEP(unpack(acc, S), state, FAST)
@@ -158,32 +191,64 @@ def forward_kernel(
         else:
             state = new
 
-        hw = state[0].to(w.dtype.element_ty)
-        first = product(w_first, hw, None, BATCH, PRECISION)
-        if G > 1:
-            last = product(w_last, hw, None, BATCH, PRECISION)
-
+        hw = state[0].to(dtype)
         stored = (u < H) & (seq < count)
-        tl.store(out + (row.to(tl.int64) * (D * H) + column) + state_at, hw, mask=stored)
+        out_at = out + (row.to(tl.int64) * (D * H) + column)
+        if MEMBERS > 1:
+            # What the others wait for comes first; the rest is stored while they read it.
+            tl.store(out_at + state_at, hw, mask=stored)
+            arrive(counters, step)
+        else:
+            hs = (hw,)
+            first = add_products(ws, hs, None, KS, MS, PRECISION)
+            if G > 1:
+                last = add_products(ws_last, hs, None, KS, MS, PRECISION)
+            tl.store(out_at + state_at, hw, mask=stored)
         if SAVE and STATES == 2:
             tl.store(
                 c_seq + (row.to(tl.int64) * (D * H) + column) + state_at, state[1], mask=stored
             )
         if SAVE and S == 4:
-            y = to_memory(saved, S, BLOCK_H, BLOCK_B).to(gates.dtype.element_ty)
+            y = to_memory(saved, dtype, WORDS, BLOCK_H, BLOCK_B)
             tl.store(
-                gates + row.to(tl.int64) * (S * H) + gate_at, y, mask=(m < S * H) & (seq < count)
+                gates + row.to(tl.int64) * (WORDS * H) + gate_at,
+                y,
+                mask=(m < WORDS * H) & (seq < count),
             )
 
         if G == 3:
-            x = tl.where(m % 4 == 3, hidden, x)
-        acc = join_gates(first, last, G, BLOCK_H, BATCH) + from_memory(x, S, BLOCK_H, BLOCK_B)
+            x = put_hidden(x, hidden, m, WORDS)
+        if MEMBERS > 1:
+            wait(counters, step, MEMBERS)
+            h_at = out_at + b * (D * H)
+            if PACKED:  # sequences that are taken up later have h0 before their first step
+                h_at = tl.where(seq < count, h_at, h0 + first_row + b * H)
+            if STREAM:
+                first = stream_product(
+                    w, h_at, seq < B, u0, 0, FIRST, H, BLOCK_H, BLOCK_K, PRECISION
+                )
+                if G > 1:
+                    last = stream_product(
+                        w, h_at, seq < B, u0, 2, G - 2, H, BLOCK_H, BLOCK_K, PRECISION
+                    )
+            else:
+                hs = load_h(h_at, seq < B, H, BLOCK_K, CHUNKS)
+                first = add_products(ws, hs, None, KS, MS, PRECISION)
+                if G > 1:
+                    last = add_products(ws_last, hs, None, KS, MS, PRECISION)
+        acc = join_gates(first, last, G, BLOCK_H, KS, MS)
+        acc += from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
         row, count, next_row, next_count = next_row, next_count, after_row, after_count
         t += dt
 
     tl.store(h_n + first_row + first_at, state[0].to(h_n.dtype.element_ty), mask=mine)
     if STATES == 2:
         tl.store(c_n + first_row + first_at, state[1].to(c_n.dtype.element_ty), mask=mine)
+
+
+def plan_constants(plan: Plan) -> dict[str, int]:
+    """The constexpr arguments that this sweep alone takes from a plan."""
+    return {"KS": plan.k_split, "MS": plan.m_split}
 
 
 def forward_sweep(
@@ -232,7 +297,12 @@ def forward_sweep(
         c_n = torch.empty(D, rows.B, H, dtype=torch.float32, device=out.device)
         if save:
             c_seq = torch.empty(N, D * H, dtype=torch.float32, device=out.device)
-    forward_kernel[(triton.cdiv(rows.B, plan.block_b), D)](
+    launch(
+        forward_kernel,
+        plan,
+        rows.B,
+        D,
+        out.device,
         gates=gates,
         w=weight_hh,
         bias=bias_hn,
@@ -245,22 +315,14 @@ def forward_sweep(
         offsets=rows.offsets,
         scale=1.0,
         T=rows.T,
-        B=rows.B,
         N=N,
         reverse=sum(1 << d for d, r in enumerate(reverse) if r),
         STEP=STEPS[cell],
         G=spec.gates,
         STATES=spec.states,
-        D=D,
         H=H,
         SAVE=save,
-        BLOCK_H=plan.block_h,
-        BLOCK_B=plan.block_b,
-        BATCH=plan.batch,
-        FAST=plan.fast,
         PRECISION=precision,
-        num_warps=plan.warps,
-        num_stages=1,
-        enable_fp_fusion=True,
+        **plan_constants(plan),
     )
     return h_n, c_n, c_seq

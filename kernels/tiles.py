@@ -8,8 +8,6 @@ and written as [S * BLOCK_H, BLOCK_B], row = unit * S + slot. In registers a gat
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
 
 @triton.jit
 def tanh(x, FAST: tl.constexpr):
@@ -35,23 +33,49 @@ def sigmoid(x, FAST: tl.constexpr):
     return y
 
 
+@triton.constexpr_function
+def words(S, members, dtype):
+    """Elements of a unit in a tile as it is loaded or stored: S slots, or one word of 64 bits.
+
+    In a group a program has few units, and with one word per unit and sequence no thread has to
+    pass slots to another. In a tile of all units the slots move through shared memory at less cost.
+    """
+    return 1 if members > 1 and dtype.primitive_bitwidth == 16 else S
+
+
 @triton.jit
-def from_memory(x, S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
-    """A tile in memory order to fp32 [BLOCK_H, BLOCK_B, 2, 2]; [BLOCK_H, BLOCK_B] if S is 1."""
-    x = x.to(tl.float32)
-    if S == 4:
-        x = tl.permute(tl.reshape(x, (BLOCK_H, 2, 2, BLOCK_B)), (0, 3, 1, 2))
+def from_memory(x, dtype, S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """A tile as it was loaded to fp32 [BLOCK_H, BLOCK_B, 2, 2]; [BLOCK_H, BLOCK_B] if S is 1."""
+    if x.dtype == tl.int64:
+        s0 = x.to(tl.int16).to(dtype, bitcast=True)
+        s1 = (x >> 16).to(tl.int16).to(dtype, bitcast=True)
+        s2 = (x >> 32).to(tl.int16).to(dtype, bitcast=True)
+        s3 = (x >> 48).to(tl.int16).to(dtype, bitcast=True)
+        x = tl.join(tl.join(s0, s2), tl.join(s1, s3)).to(tl.float32)
+    elif S == 4:
+        x = tl.reshape(x.to(tl.float32), (BLOCK_H, 2, 2, BLOCK_B))
+        x = tl.permute(x, (0, 3, 1, 2))
+    else:
+        x = x.to(tl.float32)
     return x
 
 
 @triton.jit
-def to_memory(slots, S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The inverse: a tuple of S gates to one tile in memory order."""
-    if S == 4:
-        x = tl.join(tl.join(slots[0], slots[2]), tl.join(slots[1], slots[3]))
-        x = tl.reshape(tl.permute(x, (0, 2, 3, 1)), (4 * BLOCK_H, BLOCK_B))
+def bits(x, dtype):
+    return x.to(dtype).to(tl.uint16, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def to_memory(slots, dtype, WORDS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The inverse: a tuple of gates to one tile as it is stored."""
+    if len(slots) == 1:
+        x = slots[0].to(dtype)
+    elif WORDS == 1:
+        x = bits(slots[0], dtype) | (bits(slots[1], dtype) << 16)
+        x |= (bits(slots[2], dtype) << 32) | (bits(slots[3], dtype) << 48)
     else:
-        x = slots[0]
+        x = tl.join(tl.join(slots[0], slots[2]), tl.join(slots[1], slots[3]))
+        x = tl.reshape(tl.permute(x, (0, 2, 3, 1)), (4 * BLOCK_H, BLOCK_B)).to(dtype)
     return x
 
 
@@ -79,82 +103,6 @@ def pin(x, ref, zero):
     if len(x.shape) == 4:
         none = tl.join(tl.join(none, none), tl.join(none, none))
     return (x.to(tl.float32).to(tl.int32, bitcast=True) | none).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def load_weights(
-    w,
-    scale,
-    FIRST: tl.constexpr,
-    GATES: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BATCH: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-):
-    """The left operand for gates FIRST .. FIRST + GATES - 1 of w [G * H, H], in torch's order.
-
-    Forward  [GATES * BLOCK_H, BLOCK_H]: row = gate * BLOCK_H + unit, so that with 16 * num_warps
-             units, or fewer warps, all gates of a unit end up in one thread.
-    Reverse  [BLOCK_H, GATES * BLOCK_H], the transpose.
-    BATCH > 1 cuts the rows over a leading axis, one entry per warp (see `product`).
-
-    scale is 1.0 at run time. Behind it the tile is no longer the result of a load, and the compiler
-    keeps the registers across the time loop instead of reading shared memory in every step.
-    """
-    UNITS: tl.constexpr = BLOCK_H // BATCH
-    ROWS: tl.constexpr = UNITS if TRANSPOSE else GATES * UNITS
-    COLS: tl.constexpr = GATES * BLOCK_H if TRANSPOSE else BLOCK_H
-    row = tl.arange(0, ROWS)
-    col = tl.arange(0, COLS)
-    if BATCH > 1:
-        row = row[None, :] + tl.arange(0, BATCH)[:, None] * ROWS
-    row = tl.expand_dims(row, len(row.shape))
-    if BATCH > 1:
-        col = col[None, None, :]
-    else:
-        col = col[None, :]
-    if TRANSPOSE:
-        unit = row
-        gate = col // BLOCK_H
-        k = col % BLOCK_H
-        at = ((FIRST + gate) * H + k) * H + unit
-    else:
-        gate = (row % ROWS) // UNITS
-        unit = (row // ROWS) * UNITS + row % UNITS
-        k = col
-        at = ((FIRST + gate) * H + unit) * H + k
-    tile = tl.load(w + at, mask=(unit < H) & (k < H), other=0.0)
-    return (tile.to(tl.float32) * scale).to(w.dtype.element_ty)
-
-
-@triton.jit
-def product(w, x, init, BATCH: tl.constexpr, PRECISION: tl.constexpr):
-    """Return w @ x + init in fp32, x [K, BLOCK_B].
-
-    Where the compiler would turn a plain dot of so few columns into wgmma or tcgen05, a batched dot
-    with one slice of the rows per warp (BATCH = num_warps) keeps it on mma.sync, whose layouts suit
-    a batch tile of 8: no shared memory between the product and the gates.
-    """
-    if INTERPRETED:  # its dot takes the bits of bf16 for integers
-        w = w.to(tl.float32)
-        x = x.to(tl.float32)
-    if BATCH > 1:
-        x = tl.broadcast_to(x[None, :, :], (BATCH, x.shape[0], x.shape[1]))
-    return tl.dot(w, x, init, input_precision=PRECISION)
-
-
-@triton.jit
-def gate_tiles(acc, GATES: tl.constexpr, BLOCK_H: tl.constexpr, BATCH: tl.constexpr):
-    """A forward product to [BLOCK_H, BLOCK_B], or [BLOCK_H, BLOCK_B, 2] if GATES is 2."""
-    UNITS: tl.constexpr = BLOCK_H // BATCH
-    BLOCK_B: tl.constexpr = acc.shape[len(acc.shape) - 1]
-    if GATES == 2:
-        acc = tl.permute(tl.reshape(acc, (BATCH, 2, UNITS, BLOCK_B)), (0, 2, 3, 1))
-        acc = tl.reshape(acc, (BLOCK_H, BLOCK_B, 2))
-    elif BATCH > 1:
-        acc = tl.reshape(acc, (BLOCK_H, BLOCK_B))
-    return acc
 
 
 @triton.jit

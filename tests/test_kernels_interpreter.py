@@ -61,5 +61,5 @@ def test_bidirectional(name, dtype):
 @pytest.mark.parametrize("name", CELLS)
 def test_batched_dot(name):
     """The form of the product that sm_90 and sm_100 take with 16-bit weights."""
-    assert make_plan(name, 40, 2, 9, 1, LIMITS[90]).batch > 1
+    assert make_plan(name, 40, 2, 9, 1, LIMITS[90]).m_split > 1
     run(Problem(name, torch.float16, 40, 9, 3), target=90)

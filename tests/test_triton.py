@@ -1,14 +1,17 @@
 """The Triton backend through the whole layer: outputs, states and all gradients."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from concurrent_interpreter import concurrent_grid
 from helpers import assert_no_worse, assert_same, packer, run, sequences, states, twins
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn import precision
+from fused_rnn import fuse, precision
+from fused_rnn.kernels.plan import LIMITS
 
 KINDS = ["tanh", "relu", "gru", "lstm"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -205,6 +208,29 @@ def test_precision_follows_the_switch_of_nn_lstm(monkeypatch: pytest.MonkeyPatch
         rnn.fp32_precision = before
 
 
+# ---- groups of programs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_groups_through_the_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More units than one program holds: all gradients, with the programs run concurrently."""
+    limits = dataclasses.replace(LIMITS[80], groups=True)
+    monkeypatch.setattr("fused_rnn.triton_backend.device_limits", lambda device: limits)
+    with concurrent_grid():
+        compare(kind, "cpu", T=2, B=2, I=3, H=130, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("H", [300, 1024, 1500])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.gpu
+def test_groups_on_a_gpu(kind: str, H: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA or ROCm device")
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(kind, "cuda", T=20, B=19, I=32, H=H, dtype=dtype)
+        compare(kind, "cuda", T=20, B=19, I=32, H=H, packed=True, bidirectional=True, dtype=dtype)
+
+
 # ---- explain ------------------------------------------------------------------------------------
 
 
@@ -212,7 +238,7 @@ def test_explain_names_backend_plan_and_reason(triton_device: str) -> None:
     layer = fused_rnn.FusedGRU(3, 33, 2, backend="triton").to(triton_device)
     found = fused_rnn.explain(layer, torch.randn(4, 2, 3, device=triton_device))
     assert [(e.layer, e.backend) for e in found] == [(0, "triton"), (1, "triton")]
-    assert "block_h=64" in found[0].reason
+    assert "64 units x 8 sequences" in found[0].reason
     assert str(found).startswith("layer 0: triton: persistent")
     assert str(found).count("\n") == 1
 
@@ -236,8 +262,37 @@ def test_explain_on_the_cpu(layer: Any, words: str) -> None:
     assert words in str(fused_rnn.explain(layer, x))
 
 
+@pytest.mark.parametrize("H", [1, 128, 129, 512, 1000, 1500, 2048, 4096])
+@pytest.mark.parametrize("kind", ["tanh", "gru", "lstm"])
+def test_explain_plans_every_size_for_a_gpu_that_is_not_here(kind: str, H: int) -> None:
+    layer = fuse(_plain(kind, H))
+    x = torch.zeros(4, 2, 3, dtype=torch.bfloat16, device="meta")
+    for gpu in (80, 86, 89, 90, 100, 120):
+        (found,) = fused_rnn.explain(layer, x, gpu)
+        assert found.backend == "triton"
+        assert found.reason.startswith(("persistent", "cooperative", "streamed"))
+        assert "programs hold" not in found.reason
+
+
+def _plain(kind: str, H: int) -> nn.RNNBase:
+    how: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
+    if kind == "tanh":
+        return nn.RNN(3, H, **how)
+    return nn.GRU(3, H, **how) if kind == "gru" else nn.LSTM(3, H, **how)
+
+
+def test_explain_says_why_a_gpu_does_not_run_it() -> None:
+    x = torch.zeros(4, 2, 3)
+    assert "proj_size" in str(fused_rnn.explain(fused_rnn.FusedLSTM(3, 5, proj_size=2), x, 90))
+    text = str(fused_rnn.explain(fused_rnn.FusedLSTM(3, 512), x, "gfx942"))
+    assert "eager: no fused kernel" in text
+    assert "a group of programs cannot run here" in text
+    with pytest.raises(ValueError, match="gpu 70 is not known"):
+        fused_rnn.explain(fused_rnn.FusedLSTM(3, 5), x, 70)
+
+
 def test_explain_refuses() -> None:
-    with pytest.raises(TypeError, match="explain takes a fused layer, got LSTM"):
+    with pytest.raises(TypeError, match="a fused layer is needed, got LSTM"):
         fused_rnn.explain(nn.LSTM(3, 5), torch.randn(4, 2, 3))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"Expected 3, got 9"):
         fused_rnn.explain(fused_rnn.FusedGRU(3, 5), torch.randn(4, 2, 9))

@@ -1,0 +1,212 @@
+"""Measured plans: time the best guesses of the planner on this GPU, and remember the winner.
+
+What is remembered lies in a JSON file, by default `~/.cache/fused_rnn/plans.json`; the environment
+variable FUSED_RNN_CACHE names another folder. An entry holds for a cell, H, dtype and precision,
+directions, a class of batch sizes, the GPU and the versions of Triton and this package: not for a
+length, nor for one batch size.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn._version import __version__
+from fused_rnn.base import FusedRNNBase
+
+if TYPE_CHECKING:
+    from fused_rnn.kernels.plan import Limits, Plan
+
+CANDIDATES = 6  # plans that are timed, the best guesses
+STEPS = 64  # of a timed sequence: enough that the launch does not count
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is asked for; see :func:`fused_rnn.kernels.plan.plans`."""
+
+    cell: str
+    H: int
+    dtype: torch.dtype
+    B: int
+    D: int
+    precision: Literal["ieee", "tf32"]
+
+    def key(self, device: torch.device) -> str:
+        """Its entry among the remembered plans."""
+        import triton
+
+        name = torch.cuda.get_device_name(device).replace(" ", "-")
+        batch = 1 << (self.B - 1).bit_length()
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.cell} H={self.H} {dtype} {self.precision} D={self.D} B<={batch} "
+            f"{name} triton-{triton.__version__} fused_rnn-{__version__}"
+        )
+
+
+@lru_cache(maxsize=4096)
+def planned(request: Request, limits: "Limits", fast: bool) -> "tuple[Plan, ...]":
+    """:func:`fused_rnn.kernels.plan.plans`, kept: it is asked in every call of a layer."""
+    from fused_rnn.kernels.plan import plans
+
+    return tuple(
+        plans(
+            request.cell,
+            request.H,
+            request.dtype.itemsize,
+            request.B,
+            request.D,
+            limits,
+            precision=request.precision,
+            fast=fast,
+        )
+    )
+
+
+def choose_plan(request: Request, limits: "Limits", device: torch.device) -> "Plan":
+    """The remembered plan, else the best guess; with FUSED_RNN_TUNE=1 guesses are timed first.
+
+    Raises:
+        DoesNotFit: there is no plan.
+    """
+    found = planned(request, limits, device.type == "cuda")
+    if device.type != "cuda":
+        return found[0]
+    remembered = _read().get(request.key(device))
+    for plan in found:
+        if _marks(plan) == remembered:
+            return plan
+    wanted = os.environ.get("FUSED_RNN_TUNE") == "1"
+    if wanted and not torch.cuda.is_current_stream_capturing():
+        return measure(request, limits, device)
+    return found[0]
+
+
+def measure(
+    request: Request,
+    limits: "Limits",
+    device: torch.device,
+    timer: "Callable[[Plan, Request, torch.device], float] | None" = None,
+) -> "Plan":
+    """Time the best guesses for a request and remember the fastest.
+
+    Args:
+        request: what to plan.
+        limits: the chip.
+        device: where to run.
+        timer: milliseconds of both sweeps under a plan; by default they are run.
+    """
+    timer = timer or time_sweeps
+    candidates = planned(request, limits, True)[:CANDIDATES]
+    times = {plan: timer(plan, request, device) for plan in candidates}
+    best = min(times, key=lambda plan: times[plan])
+    _remember(request.key(device), _marks(best))
+    return best
+
+
+def time_sweeps(plan: "Plan", request: Request, device: torch.device) -> float:
+    """Median milliseconds of a forward and a reverse sweep over STEPS steps of random numbers."""
+    from triton.testing import do_bench
+
+    from fused_rnn.kernels.backward import reverse_sweep
+    from fused_rnn.kernels.forward import Rows, forward_sweep
+    from fused_rnn.kernels.plan import SPECS
+
+    spec, H, B, D = SPECS[request.cell], request.H, request.B, request.D
+    rows = Rows(STEPS, B, STEPS * B)
+
+    def random(*shape: int, dtype: torch.dtype = request.dtype) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    gates, w = random(D, rows.N, H, spec.slots), random(D, spec.gates * H, H) * H**-0.5
+    bias = random(D, H) if spec.gates == 3 else None
+    h0, c0 = random(D, B, H), random(D, B, H) if spec.states == 2 else None
+    out, dout = random(rows.N, D * H), random(rows.N, D * H)
+    how: dict[str, Any] = {"rows": rows, "reverse": tuple(d == 1 for d in range(D))}
+    how |= {"precision": request.precision, "plan": plan}
+
+    def sweeps() -> None:
+        _, _, c_seq = forward_sweep(request.cell, gates, w, bias, h0, c0, out, save=True, **how)
+        saved = gates if spec.slots == 4 else None
+        reverse_sweep(request.cell, saved, c_seq, out, w, h0, c0, dout, None, None, **how)
+
+    with torch.cuda.device(device):
+        return float(do_bench(sweeps, return_mode="median"))
+
+
+def tune(layer: FusedRNNBase, x: Tensor | PackedSequence) -> "tuple[Plan, ...]":
+    """Time the best plans for ``layer`` on inputs like ``x``, and use the winner from now on.
+
+    Args:
+        layer: a fused layer on a GPU.
+        x: an input that it accepts; its batch size counts, not its length.
+
+    Returns:
+        the plan of each layer of the stack
+
+    Raises:
+        RuntimeError: the layer would not run on Triton kernels, with the reason.
+        TypeError: ``layer`` is not a fused layer.
+        ValueError: ``x`` does not fit the layer, as in a call.
+    """
+    from fused_rnn.explain import problem_of
+    from fused_rnn.triton_backend import TritonEngine, device_limits, make_engine
+
+    problem, device, dtype = problem_of(layer, x)
+    engine = make_engine(problem, device, dtype, layer.hidden_size, layer.proj_size > 0)
+    if not isinstance(engine, TritonEngine):
+        raise RuntimeError(f"there is nothing to tune: {engine}")
+    if device.type != "cuda":
+        raise RuntimeError("there is nothing to tune: Triton's interpreter runs these kernels")
+    request = Request(
+        problem.cell.name,
+        layer.hidden_size,
+        dtype,
+        problem.rows.B,
+        problem.directions,
+        engine.precision,
+    )
+    plan = measure(request, device_limits(device), device)
+    return (plan,) * layer.num_layers
+
+
+def _marks(plan: "Plan") -> list[Any]:
+    """What tells a plan from the other ones for the same request."""
+    return [plan.regime, plan.block_h, plan.block_k, plan.block_b, plan.warps]
+
+
+def _file() -> Path:
+    folder = os.environ.get("FUSED_RNN_CACHE")
+    return (Path(folder) if folder else Path.home() / ".cache" / "fused_rnn") / "plans.json"
+
+
+@lru_cache(maxsize=1)
+def _parsed(path: Path, changed: int) -> dict[str, list[Any]]:
+    plans: dict[str, list[Any]] = json.loads(path.read_text())
+    return plans
+
+
+def _read() -> dict[str, list[Any]]:
+    path = _file()
+    try:
+        changed = path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return {}
+    return _parsed(path, changed)
+
+
+def _remember(key: str, marks: list[Any]) -> None:
+    path = _file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_read() | {key: marks}, indent=1, sort_keys=True)
+    fresh = path.with_suffix(f".{os.getpid()}")  # replaced at once: others may be reading
+    fresh.write_text(text)
+    fresh.replace(path)

@@ -1,0 +1,256 @@
+"""The recurrent weights of a program, and the products with them.
+
+A program owns BLOCK_H hidden units. Of each gate it holds their rows of the weights, cut along all
+H units into chunks of BLOCK_K, the first two gates of a cell apart from the others. The left
+operand of every product is a tile of weights, the right one has a column for each sequence, so that
+a batch tile of 8 fills the tensor cores.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def load_weights(
+    w,
+    scale,
+    u0,
+    chunk,
+    FIRST: tl.constexpr,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KS: tl.constexpr,
+    MS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+):
+    """A left operand: a tile of gates FIRST .. FIRST + GATES - 1 of w [G * H, H], in torch's order.
+
+    It lies between BLOCK_H units from u0, which this program owns, and a chunk of all units.
+
+
+    Forward  [GATES * BLOCK_H, BLOCK_K]: row = gate * BLOCK_H + unit, so that with 16 * num_warps
+             units, or fewer warps, all gates of a unit end up in one thread.
+    Reverse  [BLOCK_K, GATES * BLOCK_H], the transpose.
+    KS * MS > 1 cuts columns and rows over a leading axis, one entry per warp (see `product`).
+
+    scale is 1.0 at run time. Behind it the tile is no longer the result of a load, and the compiler
+    keeps the registers across the time loop instead of reading shared memory in every step. None
+    for a tile that is to stay in shared memory, or passes through it.
+    """
+    UNITS: tl.constexpr = BLOCK_H // MS
+    ROWS: tl.constexpr = BLOCK_K // MS if TRANSPOSE else GATES * UNITS
+    COLS: tl.constexpr = (GATES * BLOCK_H if TRANSPOSE else BLOCK_K) // KS
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    part = 0
+    if KS * MS > 1:  # the slices between rows and columns: else their rows would interleave in
+        slices = tl.arange(0, KS * MS)[None, :, None]  # shared memory, all in the same banks
+        row = row[:, None, :]
+        col = col[:, None, :] + (slices // MS) * COLS
+        part = slices % MS
+    if TRANSPOSE:
+        k = chunk * BLOCK_K + part * ROWS + row
+        gate = col // BLOCK_H
+        unit = u0 + col % BLOCK_H
+        at = ((FIRST + gate) * H + unit) * H + k
+    else:
+        k = chunk * BLOCK_K + col
+        gate = row // UNITS
+        unit = u0 + part * UNITS + row % UNITS
+        at = ((FIRST + gate) * H + unit) * H + k
+    tile = tl.load(w + at, mask=(unit < H) & (k < H), other=0.0)
+    if KS * MS > 1:
+        tile = tl.permute(tile, (1, 0, 2))
+    if scale is not None:
+        tile = (tile.to(tl.float32) * scale).to(w.dtype.element_ty)
+    return tile
+
+
+@triton.jit
+def product(w, x, init, KS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.constexpr):
+    """Return w @ x + init in fp32, x [K, BLOCK_B].
+
+    KS * MS = num_warps makes it a batched dot, in which each warp multiplies one of KS slices of
+    the columns by one of MS slices of the rows. So no warp holds what another one holds, however
+    few rows there are; and what would become wgmma or tcgen05 stays on mma.sync, whose layouts suit
+    a batch tile of 8. The result is [KS * MS, rows / MS, BLOCK_B], the slices not yet summed.
+    """
+    if INTERPRETED:  # its dot takes the bits of bf16 for integers
+        w = w.to(tl.float32)
+        x = x.to(tl.float32)
+    if KS * MS > 1:
+        K: tl.constexpr = x.shape[0] // KS
+        B: tl.constexpr = x.shape[1]
+        if KS > 1:
+            x = tl.broadcast_to(tl.reshape(x, (KS, 1, K, B)), (KS, MS, K, B))
+            x = tl.reshape(x, (KS * MS, K, B))
+        else:
+            x = tl.broadcast_to(x[None, :, :], (MS, K, B))
+    return tl.dot(w, x, init, input_precision=PRECISION)
+
+
+@triton.jit
+def add_products(ws, xs, acc, KS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.constexpr):
+    """Acc + the products of all chunks; acc may be None."""
+    for i in tl.static_range(len(ws)):
+        acc = product(ws[i], xs[i], acc, KS, MS, PRECISION)
+    return acc
+
+
+@triton.jit
+def first_products(
+    w,
+    scale,
+    u0,
+    xs,
+    FIRST: tl.constexpr,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    REGISTERS: tl.constexpr,
+    KS: tl.constexpr,
+    MS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The resident tiles of some gates, and their product with xs.
+
+    This product stands before the time loop: so tiles are read into registers here, one after the
+    other, since they pass through the same shared memory. Of REGISTERS chunks they stay there; the
+    others are loaded once more, for the loop alone, which leaves them in shared memory.
+    """
+    ws = ()
+    acc = None
+    for i in tl.static_range(len(xs)):
+        if i * BLOCK_K < H:
+            tl.debug_barrier()
+            tile = load_weights(w, scale, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False)
+            acc = product(tile, xs[i], acc, KS, MS, PRECISION)
+            if i < REGISTERS:
+                ws = ws + (tile,)
+    for i in tl.static_range(REGISTERS, len(xs)):
+        if i * BLOCK_K < H:
+            tl.debug_barrier()
+            tile = load_weights(w, None, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False)
+            ws = ws + (tile,)
+    return ws, acc
+
+
+@triton.jit
+def stream_product(
+    w,
+    at,
+    running,
+    u0,
+    FIRST: tl.constexpr,
+    GATES: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The product with all of h, at a row of each sequence; the weights are read on the way."""
+    acc = tl.zeros((GATES * BLOCK_H, running.shape[1]), tl.float32)
+    for i in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K, num_stages=3):
+        tile = load_weights(w, None, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, 1, 1, False)
+        k = i * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
+        x = tl.load(at + k, mask=(k < H) & running, other=0.0, cache_modifier=".cg")
+        acc = product(tile, x, acc, 1, 1, PRECISION)
+    return acc
+
+
+@triton.jit
+def load_h(at, running, H: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr):
+    """H of all units from a row of each sequence, in chunks [BLOCK_K, BLOCK_B].
+
+    One load that is then cut: its latency counts once, and it crosses shared memory once.
+    """
+    C: tl.constexpr = 1 if CHUNKS == 1 else (2 if CHUNKS == 2 else (4 if CHUNKS <= 4 else 8))
+    k = tl.arange(0, C * BLOCK_K)[:, None]
+    x = tl.load(at + k, mask=(k < H) & running, other=0.0, cache_modifier=".cg")
+    B: tl.constexpr = x.shape[1]
+    if C == 1:
+        chunks = (x,)
+    elif C == 2:
+        chunks = tl.split(tl.permute(tl.reshape(x, (2, BLOCK_K, B)), (1, 2, 0)))
+    elif C == 4:
+        even, odd = tl.split(tl.permute(tl.reshape(x, (2, 2, BLOCK_K, B)), (2, 3, 0, 1)))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        chunks = (x0, x1, x2, x3)
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(x, (2, 2, 2, BLOCK_K, B)), (3, 4, 0, 1, 2)))
+        x04, x26 = tl.split(even)
+        x15, x37 = tl.split(odd)
+        x0, x4 = tl.split(x04)
+        x1, x5 = tl.split(x15)
+        x2, x6 = tl.split(x26)
+        x3, x7 = tl.split(x37)
+        chunks = (x0, x1, x2, x3, x4, x5, x6, x7)
+    return chunks
+
+
+@triton.jit
+def gate_tiles(acc, GATES: tl.constexpr, BLOCK_H: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr):
+    """A forward product to [BLOCK_H, BLOCK_B, GATES, KS], without the last two where they are 1."""
+    UNITS: tl.constexpr = BLOCK_H // MS
+    BLOCK_B: tl.constexpr = acc.shape[len(acc.shape) - 1]
+    if KS > 1:
+        acc = tl.permute(tl.reshape(acc, (KS, MS, GATES, UNITS, BLOCK_B)), (1, 3, 4, 2, 0))
+        if GATES == 2:
+            acc = tl.reshape(acc, (BLOCK_H, BLOCK_B, 2, KS))
+        else:
+            acc = tl.reshape(acc, (BLOCK_H, BLOCK_B, KS))
+    elif GATES == 2:
+        acc = tl.permute(tl.reshape(acc, (MS, 2, UNITS, BLOCK_B)), (0, 2, 3, 1))
+        acc = tl.reshape(acc, (BLOCK_H, BLOCK_B, 2))
+    elif MS > 1:
+        acc = tl.reshape(acc, (BLOCK_H, BLOCK_B))
+    return acc
+
+
+@triton.jit
+def add_slices(x, S: tl.constexpr, KS: tl.constexpr):
+    """The sum over the last axis, KS <= 8, in a fixed order; S slots before it."""
+    BLOCK_H: tl.constexpr = x.shape[0]
+    BLOCK_B: tl.constexpr = x.shape[1]
+    for i in tl.static_range(3):
+        if (1 << i) < KS:
+            if S == 1:
+                a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_B, KS // (2 << i), 2)))
+            else:
+                a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_B, 2, 2, KS // (2 << i), 2)))
+            x = a + b
+    if S == 1:
+        x = tl.reshape(x, (BLOCK_H, BLOCK_B))
+    else:
+        x = tl.reshape(x, (BLOCK_H, BLOCK_B, 2, 2))
+    return x
+
+
+@triton.jit
+def join_gates(
+    first, last, G: tl.constexpr, BLOCK_H: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr
+):
+    """The products of both weight tiles to the slots of a cell, as `tiles.from_memory` has them."""
+    first = gate_tiles(first, 2 if G > 1 else 1, BLOCK_H, KS, MS)
+    if G > 1:
+        last = gate_tiles(last, G - 2, BLOCK_H, KS, MS)
+        if G == 3:
+            last = tl.join(last * 0.0, last)
+            if KS > 1:
+                last = tl.permute(last, (0, 1, 3, 2))
+        acc = tl.join(first, last)
+        if KS > 1:
+            acc = tl.permute(acc, (0, 1, 4, 2, 3))
+        else:
+            acc = tl.permute(acc, (0, 1, 3, 2))
+    else:
+        acc = first
+    if KS > 1:
+        acc = add_slices(acc, 4 if G > 1 else 1, KS)
+    return acc

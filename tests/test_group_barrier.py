@@ -1,0 +1,303 @@
+"""The barrier among programs: its protocol, state by state, and its code, run concurrently."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from concurrent_interpreter import Hang, ProgramError, concurrent_grid
+
+from fused_rnn.kernels import group
+
+if not triton.knobs.runtime.interpret:
+    pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+
+STEPS = 4  # each of the two counters is used twice
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the programs do; the defaults are what kernels/group.py does."""
+
+    slots: int = STEPS  # places for the data of a program; step t uses t % slots
+    counters: int = 2
+    release: bool = True  # an arrival comes after all stores of the program
+    reset: bool = False  # the last to arrive sets the counter to 0, which is waited for
+
+
+class State(NamedTuple):
+    programs: tuple[tuple[int, str, int], ...]  # step, what is next, bits of the data read
+    counters: tuple[int, ...]
+    memory: tuple[tuple[int, ...], ...]  # [program][slot]: the step whose data all can see
+    stores: tuple[tuple[int, ...], ...]  # per program: steps whose data is stored, but not visible
+
+
+class Violation(Exception):
+    pass
+
+
+def put(values, i, value):
+    return (*values[:i], value, *values[i + 1 :])
+
+
+def moves(s: State, p: Protocol) -> Iterator[State]:
+    """All states that one program or its memory can make of `s`."""
+    members = len(s.programs)
+    for i, (step, action, seen) in enumerate(s.programs):
+        for k, stored in enumerate(s.stores[i]):  # one store becomes visible, in any order
+            slot = stored % p.slots
+            if all(earlier % p.slots != slot for earlier in s.stores[i][:k]):
+                yield s._replace(
+                    memory=put(s.memory, i, put(s.memory[i], slot, stored)),
+                    stores=put(s.stores, i, s.stores[i][:k] + s.stores[i][k + 1 :]),
+                )
+
+        def then(*program, i=i):
+            return put(s.programs, i, program)
+
+        c = step % p.counters
+        if step == STEPS:
+            continue
+        if action == "write":
+            stores = put(s.stores, i, (*s.stores[i], step))
+            yield s._replace(programs=then(step, "arrive", 0), stores=stores)
+        elif action == "arrive" and not (p.release and s.stores[i]):
+            count = s.counters[c] + 1
+            count = 0 if p.reset and count == members else count
+            yield s._replace(
+                programs=then(step, "wait", 1 << i), counters=put(s.counters, c, count)
+            )
+        elif action == "wait":
+            target = 0 if p.reset else (step // p.counters + 1) * members
+            if s.counters[c] == target:
+                yield s._replace(programs=then(step, "read", seen))
+        elif action == "read":
+            for j in range(members):  # the loads are in any order, too
+                if not seen >> j & 1:
+                    found = s.memory[j][step % p.slots]
+                    if found != step:
+                        late = "late" if found < step else "overwritten"
+                        raise Violation(f"{late}: {i} reads step {found} of {j} in step {step}")
+                    now = seen | 1 << j
+                    done = now == (1 << members) - 1
+                    yield s._replace(
+                        programs=then(step + 1, "write", 0) if done else then(step, "read", now)
+                    )
+
+
+def explore(p: Protocol, members: int) -> int:
+    """The number of states that can be reached; raises Violation if one of them is wrong."""
+    start = State(
+        ((0, "write", 0),) * members,
+        (0,) * p.counters,
+        ((-1,) * p.slots,) * members,
+        ((),) * members,
+    )
+    known, todo = {start}, [start]
+    while todo:
+        state = todo.pop()
+        after = set(moves(state, p))
+        if not after and any(step < STEPS for step, _, _ in state.programs):
+            raise Violation(f"deadlock: {state}")
+        todo += after - known
+        known |= after
+    return len(known)
+
+
+@pytest.mark.parametrize("slots", [STEPS, 2], ids=["fresh", "double_buffered"])
+@pytest.mark.parametrize(("members", "states"), [(2, 100), (3, 1_000)])
+def test_protocol(members, states, slots):
+    assert explore(Protocol(slots=slots), members) > states
+
+
+WRONG_PROTOCOLS = {
+    "no_release": (Protocol(release=False), "late"),
+    "one_counter": (Protocol(counters=1), "deadlock"),
+    "counter_set_back": (Protocol(counters=1, reset=True), "deadlock"),
+    "single_buffered": (Protocol(slots=1), "overwritten"),
+}
+
+
+@pytest.mark.parametrize("members", [2, 3])
+@pytest.mark.parametrize(("protocol", "why"), WRONG_PROTOCOLS.values(), ids=WRONG_PROTOCOLS)
+def test_wrong_protocol(protocol, why, members):
+    with pytest.raises(Violation, match=why):
+        explore(protocol, members)
+
+
+@triton.jit
+def exchange_kernel(
+    data,  # [SLOTS, groups, MEMBERS]
+    out,  # [groups, MEMBERS]
+    counters,  # [groups, STRIDE]
+    T: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ARRIVE: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """Each step makes a program's value from those of all members of its group."""
+    member, g = tl.program_id(0), tl.program_id(1)
+    counters += g * STRIDE
+    at = tl.arange(0, BLOCK)
+    value = 10 * g + member
+    for t in range(T):
+        row = data + (t % SLOTS * tl.num_programs(1) + g) * MEMBERS
+        tl.store(row + member, value)
+        ARRIVE(counters, t)
+        WAIT(counters, t, MEMBERS)
+        others = tl.load(row + at, mask=at < MEMBERS, other=0, cache_modifier=".cg")
+        value = (3 * value + tl.sum((at + 1) * others)) % 10007
+    tl.store(out + g * MEMBERS + member, value)
+
+
+def expected(members, groups, T):
+    value = 10 * torch.arange(groups)[:, None] + torch.arange(members)
+    for _ in range(T):
+        value = (3 * value + (value * torch.arange(1, members + 1)).sum(1, keepdim=True)) % 10007
+    return value.int()
+
+
+def exchange(members, groups, T=4, seed=0, timeout=60.0, slots=None, arrive=None, wait=None):
+    slots = slots or T
+    data = torch.full((slots, groups, members), -1, dtype=torch.int32)
+    out = torch.full((groups, members), -1, dtype=torch.int32)
+    counters = torch.zeros(groups, group.COUNTERS * group.LINE, dtype=torch.int32)
+    with concurrent_grid(seed, timeout):
+        exchange_kernel[(members, groups)](
+            data,
+            out,
+            counters,
+            T,
+            members,
+            slots,
+            counters.shape[1],
+            triton.next_power_of_2(members),
+            arrive or group.arrive,
+            wait or group.wait,
+        )
+    return out
+
+
+@pytest.mark.parametrize("members", range(2, 9))
+def test_exchange(members):
+    for seed in range(10 * members, 10 * members + 6):
+        groups, slots = 1 + seed % 3, (None, 2)[seed % 2]
+        out = exchange(members, groups, seed=seed, slots=slots)
+        assert torch.equal(out, expected(members, groups, 4)), f"seed {seed}"
+
+
+@triton.jit
+def arrive_without_barrier(counters, step):
+    tl.atomic_add(counters + (step % 2) * group.LINES, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def arrive_relaxed(counters, step):
+    tl.debug_barrier()
+    tl.atomic_add(counters + (step % 2) * group.LINES, 1, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def arrive_at_one_counter(counters, step):
+    group.arrive(counters, 0)
+
+
+@triton.jit
+def wait_at_one_counter(counters, step, members):
+    group.wait(counters, 0, (step + 1) * members)
+
+
+@triton.jit
+def wait_for_nobody(counters, step, members):
+    pass
+
+
+WRONG_KERNELS = {
+    "no_block_barrier": {"arrive": arrive_without_barrier},
+    "no_release": {"arrive": arrive_relaxed},
+    "no_wait": {"wait": wait_for_nobody},
+    "one_counter": {"arrive": arrive_at_one_counter, "wait": wait_at_one_counter},
+    "single_buffered": {"slots": 1},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_KERNELS.values(), ids=WRONG_KERNELS)
+def test_wrong_kernel_is_found(wrong):
+    def fails(seed):
+        try:
+            return not torch.equal(exchange(3, 1, seed=seed, **wrong), expected(3, 1, 4))
+        except Hang:
+            return True
+
+    assert any(fails(seed) for seed in range(20))
+
+
+def test_same_seed_same_schedule():
+    def outcome(seed):
+        return exchange(3, 1, seed=seed, arrive=arrive_relaxed).tolist()
+
+    outcomes = [outcome(seed) for seed in range(6)]
+    assert outcomes == [outcome(seed) for seed in range(6)]
+    assert any(o != outcomes[0] for o in outcomes)
+
+
+@triton.jit
+def arrive_but_once(counters, step):
+    if (tl.program_id(0) != 1) | (step != 2):
+        group.arrive(counters, step)
+
+
+@triton.jit
+def arrive_and_fail(counters, step):
+    if (tl.program_id(0) == 1) & (step == 2):
+        tl.arange(0, 3)
+    group.arrive(counters, step)
+
+
+@triton.jit
+def arrive_and_loop(counters, step):
+    while (tl.program_id(0) == 1) & (step == 2):
+        pass
+    group.arrive(counters, step)
+
+
+@pytest.fixture
+def no_thread_left():
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_missing_arrival():
+    with pytest.raises(Hang) as error:
+        exchange(3, 1, arrive=arrive_but_once)
+    for program in range(3):
+        place = (
+            r"step 2, group.py:\d+ in wait, called at test_group_barrier.py:\d+ in exchange_kernel"
+        )
+        error.match(rf"program \({program}, 0, 0\), {place} hangs")
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_exception_in_a_program():
+    with pytest.raises(ProgramError, match="power of 2") as error:
+        exchange(3, 1, arrive=arrive_and_fail)
+    error.match(r"program \(1, 0, 0\), step 2, test_group_barrier.py:\d+ in arrive_and_fail")
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_loop_without_memory():
+    with pytest.raises(Hang, match=r"after 0.5 s: program \(1, 0, 0\), step 2, .*arrive_and_loop"):
+        exchange(3, 1, timeout=0.5, arrive=arrive_and_loop)

@@ -1,0 +1,120 @@
+"""Measured plans: which are timed, what is remembered, for what it holds."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_rnn
+from fused_rnn import tuning
+from fused_rnn.kernels.plan import LIMITS, DoesNotFit, Plan
+
+CUDA = torch.device("cuda")
+REQUEST = tuning.Request("lstm", 512, torch.bfloat16, 16, 1, "tf32")
+GUESSES = tuning.planned(REQUEST, LIMITS[90], True)
+
+
+def second_is_best(plan: Plan, request: tuning.Request, device: torch.device) -> float:
+    return 1.0 if plan == GUESSES[1] else 2.0
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where plans are remembered; a GPU is pretended."""
+    monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FUSED_RNN_TUNE", raising=False)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    return tmp_path / "cache"
+
+
+def test_the_winner_is_remembered(cache: Path) -> None:
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    assert tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best) == GUESSES[1]
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+    (key,) = json.loads((cache / "plans.json").read_text())
+    assert key.startswith("lstm H=512 bfloat16 tf32 D=1 B<=16 A-GPU triton-")
+
+
+def test_the_best_guesses_are_timed() -> None:
+    timed: list[Plan] = []
+
+    def timer(plan: Plan, request: tuning.Request, device: torch.device) -> float:
+        timed.append(plan)
+        return 0.0
+
+    tuning.measure(REQUEST, LIMITS[90], CUDA, timer)
+    assert timed == list(GUESSES[: tuning.CANDIDATES])
+
+
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [
+        ({"B": 9}, True),  # a class of batch sizes is shared
+        ({"B": 17}, False),
+        ({"cell": "gru"}, False),
+        ({"H": 511}, False),
+        ({"dtype": torch.float16}, False),
+        ({"D": 2}, False),
+    ],
+)
+def test_what_it_holds_for(change: dict[str, object], known: bool) -> None:
+    tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
+    other = dataclasses.replace(REQUEST, **change)  # type: ignore[arg-type]
+    guesses = tuning.planned(other, LIMITS[90], True)
+    chosen = tuning.choose_plan(other, LIMITS[90], CUDA)
+    assert (chosen != guesses[0]) is known
+
+
+def test_not_on_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Another GPU")
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+
+
+def test_the_environment_asks_for_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Plan] = []
+
+    def timer(plan: Plan, request: tuning.Request, device: torch.device) -> float:
+        calls.append(plan)
+        return second_is_best(plan, request, device)
+
+    monkeypatch.setattr(tuning, "time_sweeps", timer)
+    monkeypatch.setenv("FUSED_RNN_TUNE", "1")
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+    count = len(calls)
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+    assert len(calls) == count
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "time_sweeps", None)  # to call it would raise
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    monkeypatch.setenv("FUSED_RNN_TUNE", "1")
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+
+
+def test_no_plan() -> None:
+    with pytest.raises(DoesNotFit, match="a group of programs cannot run here"):
+        tuning.choose_plan(REQUEST, LIMITS["gfx942"], CUDA)
+
+
+def test_refuses() -> None:
+    x = torch.zeros(4, 2, 3)
+    with pytest.raises(TypeError, match="a fused layer is needed, got LSTM"):
+        fused_rnn.tune(torch.nn.LSTM(3, 5), x)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="there is nothing to tune"):
+        fused_rnn.tune(fused_rnn.FusedLSTM(3, 5), x)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA or ROCm device")
+    layer = fused_rnn.FusedLSTM(64, 512, 2, dtype=torch.bfloat16, device="cuda")
+    x = torch.zeros(4, 16, 64, dtype=torch.bfloat16, device="cuda")
+    plans = fused_rnn.tune(layer, x)
+    assert len(plans) == 2
+    assert str(plans[0]) in str(fused_rnn.explain(layer, x))

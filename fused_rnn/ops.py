@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import dispatch, eager, transforms
+from fused_rnn import dispatch, eager, step, transforms
 from fused_rnn.cells import BY_NAME
 from fused_rnn.dispatch import Backend
 from fused_rnn.problem import Engine, Layer, Outputs, Saved, Weights
@@ -52,11 +52,13 @@ class _Call:
         layer: while it is traced, its rows say no more than whether lengths differ.
         inputs: as in :class:`fused_rnn.problem.Engine`.
         engine: what runs.
+        step: whether :mod:`fused_rnn.step` does, in place of the engine's forward.
     """
 
     layer: Layer
     inputs: Saved
     engine: Engine
+    step: bool
 
     @classmethod
     def of(
@@ -67,7 +69,8 @@ class _Call:
         directions: int,
         recompute: bool,
         backend: Any,
-        traced: bool,
+        traced: bool = False,
+        record: bool = True,
     ) -> "_Call":
         x, h0, *rest = tensors
         has_c = BY_NAME[cell].has_c
@@ -86,7 +89,8 @@ class _Call:
         layer = Layer(BY_NAME[cell], rows, directions, recompute)
         flat = x if batch_sizes is not None else x.reshape(-1, x.shape[-1])
         inputs = (flat, h0, c0, *_with_absent(rest, directions))
-        return cls(layer, inputs, dispatch.choose_for(layer, inputs, backend).engine or eager)
+        choice = dispatch.choose_for(layer, inputs, backend, record)
+        return cls(layer, inputs, choice.engine or eager, choice.step)
 
 
 def _with_absent(weights: Sequence[Tensor], directions: int) -> Saved:
@@ -133,9 +137,13 @@ def layer_op(
         out [T, B, D*R] or [N, D*R], h_n [D, B, R], c_n [D, B, H] if the cell has one, and with
         ``save`` those of :meth:`fused_rnn.problem.Engine.saved_specs`
     """
-    call = _Call.of(tensors, batch_sizes, cell, directions, recompute, backend, traced=False)
-    save = save and call.engine.saved_specs(call.layer, call.inputs) is not None
-    outputs, saved = call.engine.forward(call.layer, call.inputs, save)
+    call = _Call.of(tensors, batch_sizes, cell, directions, recompute, backend, record=save)
+    saved: Saved = ()
+    if call.step:
+        outputs = step.forward(call.layer, call.inputs)
+    else:
+        save = save and call.engine.saved_specs(call.layer, call.inputs) is not None
+        outputs, saved = call.engine.forward(call.layer, call.inputs, save)
     out = outputs.out.view(*tensors[0].shape[:-1], -1)
     return [out, outputs.h_n, *_present([outputs.c_n]), *_present(saved)]
 
@@ -192,7 +200,7 @@ def layer_backward_op(
     Returns:
         the gradients of those that ``needs`` marks
     """
-    call = _Call.of(tensors, batch_sizes, cell, directions, recompute, backend, traced=False)
+    call = _Call.of(tensors, batch_sizes, cell, directions, recompute, backend)
     layer, inputs, engine = call.layer, call.inputs, call.engine
     states = 2 if layer.cell.has_c else 1
     out = results[0].flatten(0, -2)

@@ -1,0 +1,274 @@
+"""CUDA graphs, streams and several devices; without a GPU, that nothing waits for the device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYERS, tensors, twins
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_rnn import triton_backend
+from fused_rnn.dispatch import Backend
+from fused_rnn.kernels import backward, forward
+from fused_rnn.kernels.plan import LIMITS, SPECS, make_plan
+from fused_rnn.problem import Layer
+
+KINDS = ["tanh", "relu", "gru", "lstm"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+both = pytest.mark.parametrize("bidirectional", [False, True], ids=["uni", "bi"])
+
+
+def need_gpus(count: int = 1) -> None:
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} CUDA or ROCm device(s)")
+
+
+# ---- without a GPU: meta tensors -----------------------------------------------------------
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Refuses what would make the host wait for the device, or copy between the two."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if is_tensor(t)]
+        outputs = func(*args, **kwargs)
+        found = [t for t in torch.utils._pytree.tree_leaves(outputs) if is_tensor(t)]
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.equal,
+        ), func
+        devices = {t.device.type for t in (*inputs, *found) if t.dim() > 0}
+        assert len(devices) < 2, f"{func} copies between {devices}"
+        return outputs
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton engine on tensors without memory: its sweeps only allocate."""
+
+    def forward_sweep(
+        cell: str, gates: Tensor, w: Any, bias: Any, h0: Tensor, c0: Any, out: Tensor, **kw: Any
+    ) -> Any:
+        D, N, H, _ = gates.shape
+        h_n = out.new_empty(D, kw["rows"].B, H)
+        if SPECS[cell].states == 1:
+            return h_n, None, None
+        c_seq = out.new_empty(N, D * H, dtype=torch.float32) if kw["save"] else None
+        return h_n, h_n.float(), c_seq
+
+    def reverse_sweep(
+        cell: str,
+        gates: Any,
+        c_seq: Any,
+        out: Tensor,
+        w: Any,
+        h0: Tensor,
+        c0: Any,
+        *_: Any,
+        **kw: Any,
+    ) -> Any:
+        D, B, H = h0.shape
+        dgates = out.new_empty(D, out.shape[0], H, SPECS[cell].slots)
+        dh0 = h0.new_empty(D, B, H, dtype=torch.float32)
+        return dgates, dh0, None if c0 is None else dh0.clone()
+
+    def make_engine(layer: Layer, device: Any, dtype: Any, H: int, *_: Any) -> Any:
+        plan = make_plan(layer.cell.name, H, 4, layer.rows.B, layer.directions, LIMITS[90])
+        return triton_backend.TritonEngine(plan, "tf32")
+
+    monkeypatch.setattr(triton_backend, "make_engine", make_engine)
+    monkeypatch.setattr(forward, "forward_sweep", forward_sweep)
+    monkeypatch.setattr(backward, "reverse_sweep", reverse_sweep)
+
+
+def build(kind: str, **options: Any) -> torch.nn.Module:
+    _, ours, extra = LAYERS[kind]
+    return ours(8, 16, **extra, **options)
+
+
+@every_kind
+@both
+@pytest.mark.parametrize(
+    ("backend", "recompute"),
+    [("triton", False), ("triton", True), ("eager", False)],
+    ids=["triton", "recompute", "eager"],
+)
+def test_nothing_waits_for_the_device(
+    kind: str, bidirectional: bool, backend: Backend, recompute: bool, no_kernels: None
+) -> None:
+    options = {"bidirectional": bidirectional, "num_layers": 2, "device": "meta"}
+    layer = build(kind, backend=backend, recompute=recompute, **options)
+    x = torch.empty(5, 3, 8, device="meta", requires_grad=True)
+    with NoSynchronisation():
+        results = tensors(layer(x))
+        grads = torch.autograd.grad(sum(t.sum() for t in results), [x, *layer.parameters()])
+    assert {t.device.type for t in (*results, *grads)} == {"meta"}
+
+
+@every_kind
+def test_a_step_does_not_wait(kind: str, no_kernels: None) -> None:
+    layer = build(kind, backend="triton", device="meta")
+    x = torch.empty(1, 3, 8, device="meta")
+    with torch.no_grad(), NoSynchronisation():
+        assert {t.device.type for t in tensors(layer(x))} == {"meta"}
+
+
+def test_waiting_would_show() -> None:
+    x = torch.empty(3, device="meta")
+    waits: list[Callable[[], Any]] = [
+        lambda: x[0].item(),
+        lambda: x.nonzero(),
+        lambda: x.cpu(),
+        lambda: torch.ones(3).to("meta"),
+    ]
+    for wait in waits:
+        with pytest.raises((AssertionError, RuntimeError)), NoSynchronisation():
+            wait()
+
+
+# ---- with one -----------------------------------------------------------------------------------
+
+
+def pair(kind: str, bidirectional: bool = False, device: str = "cuda") -> Any:
+    _, layer = twins(kind, 16, 64, num_layers=2, bidirectional=bidirectional, backend="triton")
+    return layer.to(device)
+
+
+@every_kind
+@both
+@pytest.mark.gpu
+def test_capture_of_inference(kind: str, bidirectional: bool) -> None:
+    need_gpus()
+    layer = pair(kind, bidirectional)
+    x = torch.randn(20, 8, 16, device="cuda")
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                layer(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = tensors(layer(x))
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            reserved = torch.cuda.memory_reserved()
+            graph.replay()
+            assert torch.cuda.memory_reserved() == reserved
+            for found, expected in zip(captured, tensors(layer(x)), strict=True):
+                assert torch.equal(found, expected)
+
+
+@every_kind
+@pytest.mark.gpu
+def test_capture_of_a_training_step(kind: str) -> None:
+    """Forward, backward and the optimizer in one graph; against the same steps without."""
+    need_gpus()
+    batches = torch.randn(6, 20, 8, 16, device="cuda")
+    found, expected = (train(kind, batches, capture) for capture in (True, False))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def train(kind: str, batches: Tensor, capture: bool) -> list[Tensor]:
+    """The parameters after a step on each batch; warmed up first, as a capture needs."""
+    torch.manual_seed(0)
+    layer = pair(kind)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    x = torch.zeros_like(batches[0])
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        layer(x)[0].square().mean().backward()
+        optimizer.step()
+
+    state = [p.detach().clone() for p in layer.parameters()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    if capture:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            step()
+    with torch.no_grad():
+        for p, before in zip(layer.parameters(), state, strict=True):
+            p.copy_(before)
+    for batch in batches:
+        x.copy_(batch)
+        graph.replay() if capture else step()
+    return [p.detach().clone() for p in layer.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.gpu
+def test_make_graphed_callables(kind: str) -> None:
+    need_gpus()
+    layer = pair(kind)
+    x = torch.randn(20, 8, 16, device="cuda", requires_grad=True)
+    expected = layer(x)[0]
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    graphed = torch.cuda.make_graphed_callables(layer, (x.detach().clone().requires_grad_(),))
+    found = graphed(x)[0]
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found.sum(), x)[0], slope)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+def test_compiled_with_cuda_graphs(kind: str) -> None:
+    need_gpus()
+    layer = pair(kind)
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        x = torch.randn(20, 8, 16, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(x)[0].clone(), layer(x)[0])
+
+
+@every_kind
+@pytest.mark.gpu
+def test_streams(kind: str) -> None:
+    """Layers that run at once on several streams do not touch each other's memory."""
+    need_gpus()
+    layer = pair(kind)
+    xs = [torch.randn(200, 8, 16, device="cuda") for _ in range(4)]
+    expected = [layer(x)[0].detach().clone() for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        found = []
+        for x, stream in zip(xs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(layer(x)[0])
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@every_kind
+@pytest.mark.gpu
+def test_a_device_that_is_not_the_current_one(kind: str) -> None:
+    need_gpus(2)
+    layer = pair(kind, device="cuda:1")
+    x = torch.randn(20, 8, 16, device="cuda:1", requires_grad=True)
+    with torch.cuda.device(0):
+        output = layer(x)[0]
+        (slope,) = torch.autograd.grad(output.sum(), x)
+    assert torch.cuda.current_device() == 0
+    with torch.cuda.device(1):
+        again = layer(x)[0]
+        assert torch.equal(again, output)
+        assert torch.equal(torch.autograd.grad(again.sum(), x)[0], slope)

@@ -132,7 +132,8 @@ def check_group(group, arch):
     else:  # once for the registers and, in part, once more for shared memory
         assert read[3] == read[6], read
         assert once < max(read[3]) < 2 * once, read
-    print(f"sm_{arch} {group}: numbers right, no race, weights read as planned", flush=True)
+    what = f"sm_{arch} {group.cell} H={group.H} {group.plan}"
+    print(f"{what}: numbers right, no race, weights read as planned", flush=True)
 
 
 @triton.jit

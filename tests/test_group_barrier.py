@@ -172,7 +172,7 @@ def exchange(members, groups, T=4, seed=0, timeout=60.0, slots=None, arrive=None
     slots = slots or T
     data = torch.full((slots, groups, members), -1, dtype=torch.int32)
     out = torch.full((groups, members), -1, dtype=torch.int32)
-    counters = torch.zeros(groups, group.COUNTERS * group.LINE, dtype=torch.int32)
+    counters = torch.zeros(groups, 2 * group.LINE.value, dtype=torch.int32)
     with concurrent_grid(seed, timeout):
         exchange_kernel[(members, groups)](
             data,
@@ -199,13 +199,13 @@ def test_exchange(members):
 
 @triton.jit
 def arrive_without_barrier(counters, step):
-    tl.atomic_add(counters + (step % 2) * group.LINES, 1, sem="release", scope="gpu")
+    tl.atomic_add(counters + (step % 2) * group.LINE, 1, sem="release", scope="gpu")
 
 
 @triton.jit
 def arrive_relaxed(counters, step):
     tl.debug_barrier()
-    tl.atomic_add(counters + (step % 2) * group.LINES, 1, sem="relaxed", scope="gpu")
+    tl.atomic_add(counters + (step % 2) * group.LINE, 1, sem="relaxed", scope="gpu")
 
 
 @triton.jit

@@ -57,7 +57,7 @@ def test_training_does_not_grow() -> None:
     found = {name: (int(n), int(m)) for name, n, m in map(str.split, result.stdout.splitlines())}
     objects, memory = found.pop("leak")
     assert objects >= 200
-    assert memory > 40 * 2**20
+    assert memory > 16 * 2**20
     assert len(found) == 7
     for name, (objects, memory) in found.items():
         assert objects < 20, f"{name} leaves {objects} objects"

@@ -344,5 +344,6 @@ def test_public_names() -> None:
         "__version__",
         "explain",
         "fuse",
+        "tune",
         "unfuse",
     ]

@@ -228,24 +228,25 @@ class Launch:
             raise Stopped
         BUILDER.grid_idx = program.index
 
-    def turn_over(self, program: Program | None) -> None:
-        """Wake who is next, if that is not `program`."""
+    def turn_over(self, program: Program | None) -> bool:
+        """Wake who is next, if that is not `program`; whether it is another."""
         alive = [p for p in self.programs if not p.done]
         if not alive:
             self.finished.set()
-            return
+            return False
         chosen = self.choose(alive) if self.failure is None else alive[0]
-        if chosen is not program:
-            self.current = chosen
-            chosen.turn.release()
+        if chosen is program:
+            return False
+        self.current = chosen
+        chosen.turn.release()
+        return True
 
     def switch(self) -> Program:
         """Perhaps let others run; the program that goes on after that, the caller's."""
         me = self.current
-        if self.failure is None:
-            self.turn_over(me)
-            if self.current is not me:
-                self.await_turn(me)
+        # Not `self.current is not me`: who was woken may have made that true again by now.
+        if self.failure is None and self.turn_over(me):
+            self.await_turn(me)
         if self.failure is not None:
             raise Stopped
         return me

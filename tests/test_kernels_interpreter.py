@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -17,7 +19,13 @@ if not triton.knobs.runtime.interpret:
 
 def run(p: Problem, target=80, use_c_seq=False):
     plan = make_plan(
-        p.name, p.H, p.dtype.itemsize, p.rows.B, len(p.reverse), LIMITS[target], fast=False
+        p.name,
+        p.H,
+        p.dtype.itemsize,
+        p.rows.B,
+        len(p.reverse),
+        replace(LIMITS[target], groups=False),
+        fast=False,
     )
     check_sweeps(p, plan, "ieee", use_c_seq)
 
@@ -39,7 +47,7 @@ def test_sizes(name, dtype, H):
     turn = HS.index(H) * 3 + DTYPES.index(dtype) + list(CELLS).index(name)
     B, T = BTS[turn % len(BTS)]
     try:
-        make_plan(name, H, dtype.itemsize, B, 1, LIMITS[80])
+        make_plan(name, H, dtype.itemsize, B, 1, replace(LIMITS[80], groups=False))
     except DoesNotFit:
         pytest.skip("beyond one program's registers")
     run(Problem(name, dtype, H, B, T, reverse=(turn % 2 == 1,)))

@@ -85,7 +85,8 @@ def choose_plan(request: Request, limits: "Limits", device: torch.device) -> "Pl
         if _marks(plan) == remembered:
             return plan
     wanted = os.environ.get("FUSED_RNN_TUNE") == "1"
-    if wanted and not torch.cuda.is_current_stream_capturing():
+    traced = type(torch.empty(0)) is not Tensor  # a tracer's tensors hold nothing to be timed
+    if wanted and not traced and not torch.cuda.is_current_stream_capturing():
         return measure(request, limits, device)
     return found[0]
 

@@ -70,7 +70,7 @@ def launch(kernel: Any, plan: Plan, B: int, D: int, device: torch.device, **argu
     The counters belong to this call, so that streams, threads and replayed graphs share none.
 
     Raises:
-        RuntimeError: if the driver refuses a launch, with the plan.
+        RuntimeError: if the driver refuses a launch, or one fails, with the plan.
     """
     counters = None
     if plan.members > 1:
@@ -88,4 +88,4 @@ def launch(kernel: Any, plan: Plan, B: int, D: int, device: torch.device, **argu
                 **launch_options(plan),
             )
     except RuntimeError as error:
-        raise RuntimeError(f"a sweep was not launched, planned as {plan}: {error}") from error
+        raise RuntimeError(f"a sweep failed, planned as {plan}: {error}") from error

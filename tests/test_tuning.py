@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_rnn
 from fused_rnn import tuning
@@ -94,6 +95,13 @@ def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
     monkeypatch.setenv("FUSED_RNN_TUNE", "1")
     assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+
+
+def test_nothing_is_timed_while_a_tracer_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "time_sweeps", None)  # to call it would raise
+    monkeypatch.setenv("FUSED_RNN_TUNE", "1")
+    with FakeTensorMode():
+        assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
 
 
 def test_no_plan() -> None:

@@ -2,12 +2,15 @@
 
     python -m bench.static [--json FILE] [--target 80 90] [--cell lstm] [--hidden 128]
     python -m bench.static --capacity
+    python -m bench.static --compare [--target 80 90] [--cell lstm] [--hidden 64 128]
+    python -m bench.static --extras [--target 90] [--cell lstm] [--hidden 128 512]
 
 One row per kernel: its regime and the programs of a group; registers, spilled bytes and shared
 memory of the program; in the time loop, per warp and step: instructions (of streamed weights, those
 of one tile), barriers, shared and global accesses, tensor instructions, and the bytes of weights
 that the loop reads again (0: they stay in registers). --capacity prints the largest hidden size of
-each regime instead, and compiles nothing.
+each regime instead, and compiles nothing. --compare adds the kernels of FlashRNN and TorchRL where
+they are installed; their name stands in the column of the regime.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import static_extras, static_peers
 from fused_rnn.kernels import backward, cells, forward
 from fused_rnn.kernels.group import launch_options, sweep_constants
 from fused_rnn.kernels.plan import LIMITS, SPECS, DoesNotFit, Limits, Plan, make_plan
@@ -63,6 +68,7 @@ class Row:
     block_h: int
     block_b: int
     warps: int
+    extras: str = "none"
     registers: int = -1
     spill: int = -1
     shared: int = -1
@@ -80,7 +86,14 @@ class Row:
 
 
 def _arguments(
-    kernel: str, cell: str, H: int, dtype: str, D: int, packed: bool, plan: Plan
+    kernel: str,
+    cell: str,
+    H: int,
+    dtype: str,
+    D: int,
+    packed: bool,
+    plan: Plan,
+    extras: tuple[str, ...] = (),
 ) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The Triton function, the types of its run-time arguments, its constants."""
     spec = SPECS[cell]
@@ -111,21 +124,25 @@ def _arguments(
             types |= {"dc_n": "*fp32", "dc0": "*fp32"}
         constants |= backward.plan_constants(plan)
         constants |= {"FACTORS": cells.FACTORS[cell], "ADJOINT": cells.ADJOINTS[cell]}
+        constants["CELL_STATE"] = cells.CELL_STATES.get(cell)
     else:
         fn = forward.forward_kernel
         types |= dict.fromkeys(("gates", "h0", "out", "h_n"), x)
-        if cell == "gru":
+        if spec.gates == 3:
             types["bias"] = x
         if lstm:
             types |= {"c0": "*fp32", "c_n": "*fp32"}
             if kernel == "forward":
                 types["c_seq"] = "*fp32"
+        if packed and plan.members > 1:
+            types["fed"] = x
         constants |= forward.plan_constants(plan)
         constants |= {"STEP": cells.STEPS[cell], "SAVE": kernel == "forward"}
+    types |= static_extras.types(extras, kernel, lstm, plan.members > 1, x, types.get("states"))
     for name in fn.arg_names:
         if name not in types and name not in constants:
             constants[name] = None
-    return fn, types, constants
+    return fn, {n: t for n, t in types.items() if n in fn.arg_names}, constants
 
 
 def compile_sweep(
@@ -137,9 +154,21 @@ def compile_sweep(
     plan: Plan,
     D: int = 1,
     packed: bool = False,
+    extras: tuple[str, ...] = (),
 ) -> Any:
-    """What triton.compile makes of one sweep."""
-    fn, types, constants = _arguments(kernel, cell, H, dtype, D, packed, plan)
+    """What triton.compile makes of one sweep; ``extras`` are some of `static_extras.EXTRAS`."""
+    fn, types, constants = _arguments(kernel, cell, H, dtype, D, packed, plan, extras)
+    return compile_kernel(fn, types, constants, limits, launch_options(plan))
+
+
+def compile_kernel(
+    fn: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    limits: Limits,
+    options: dict[str, Any],
+) -> Any:
+    """What triton.compile makes of a Triton function, its pointers aligned to 16 bytes."""
     source = ASTSource(
         fn,
         signature={n: types.get(n, "constexpr") for n in fn.arg_names},
@@ -151,7 +180,6 @@ def compile_sweep(
         },
     )
     backend = "cuda" if isinstance(limits.target, int) else "hip"
-    options = launch_options(plan)
     return triton.compile(
         source, target=GPUTarget(backend, limits.target, limits.warp), options=options
     )
@@ -180,11 +208,11 @@ def loop_counts(sass: str) -> dict[str, int]:
     return counts
 
 
-def weight_reads(ttgir: str) -> dict[str, int]:
+def weight_reads(ttgir: str, batch_axis: int = -1) -> dict[str, int]:
     """Bytes of weights that the time loop reads again, found in Triton's own IR.
 
     A read of shared memory that was filled before the loop, or a load through a pointer that the
-    loop does not advance, with as many rows as columns or more columns than a batch tile has.
+    loop does not advance, wider along ``batch_axis`` than a batch tile is.
     """
     size = {"bf16": 2, "f16": 2, "f32": 4}
     lines = ttgir.splitlines()
@@ -204,7 +232,7 @@ def weight_reads(ttgir: str) -> dict[str, int]:
             if m[1] not in defined:
                 reads["weights_shared"] += _elements(m[2]) * size[m[3]]
         elif (m := re.search(r"tt\.load .*tensor<([\dx]+)x!tt\.ptr<(\w+)>", line)) and (
-            int(m[1].split("x")[-1]) > 16  # no batch tile is wider
+            int(m[1].split("x")[batch_axis]) > 16  # no batch tile is wider
         ):
             reads["weights_global"] += _elements(m[1]) * size[m[2]]
     return reads
@@ -228,10 +256,10 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def measure(row: Row, compiled: Any) -> None:
-    """Fill in what the compiled kernel tells."""
+def measure(row: Row, compiled: Any, batch_axis: int = -1) -> None:
+    """Fill in what the compiled kernel tells; ``batch_axis`` is that of its tiles."""
     row.shared = compiled.metadata.shared
-    for name, value in weight_reads(compiled.asm["ttgir"]).items():
+    for name, value in weight_reads(compiled.asm["ttgir"], batch_axis).items():
         setattr(row, name, value)
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
@@ -292,7 +320,12 @@ def print_capacity(targets: list[str], names: list[str], dtypes: list[str]) -> N
 
 
 def rows(
-    targets: list[str], names: list[str], hidden: list[int], dtypes: list[str], kernels: list[str]
+    targets: list[str],
+    names: list[str],
+    hidden: list[int],
+    dtypes: list[str],
+    kernels: list[str],
+    extras: list[str],
 ) -> Iterator[Row]:
     """Every row asked for that has a plan."""
     for target, limits in LIMITS.items():
@@ -305,10 +338,39 @@ def rows(
                         plan = plan_for(cell, H, dtype, limits)
                     except DoesNotFit:
                         continue
-                    for kernel in kernels:
+                    for kernel, extra in product(kernels, extras):
                         row = planned_row(kernel, cell, dtype, H, str(target), plan)
-                        measure(row, compile_sweep(kernel, cell, H, dtype, limits, plan))
+                        row.extras = extra
+                        names_of = {"none": (), "all": static_extras.ALL}.get(extra, (extra,))
+                        what = kernel, cell, H, dtype, limits, plan
+                        measure(row, compile_sweep(*what, extras=names_of))
                         yield row
+
+
+def peer_rows(
+    targets: list[str], names: list[str], hidden: list[int], dtypes: list[str], kernels: list[str]
+) -> Iterator[Row]:
+    """The same of the installed peers, on NVIDIA's chips; says why others are left out."""
+    for peer in static_peers.JOBS:
+        if reason := static_peers.why_not(peer):
+            print(f"skipped: {peer}: {reason}", flush=True)
+            continue
+        chips = [v for k, v in LIMITS.items() if str(k) in targets and isinstance(k, int)]
+        for limits, cell, dtype, H, kernel in product(chips, names, dtypes, hidden, kernels):
+            for job in static_peers.jobs(peer, kernel, cell, H, dtype):
+                shape = 1, H, job.block_b, job.warps
+                row = Row(kernel, cell, dtype, H, str(limits.target), job.peer, *shape)
+                options = static_peers.options(job)
+                try:
+                    compiled = compile_kernel(job.fn, job.types, job.constants, limits, options)
+                except triton.CompilationError as error:
+                    why = error.__cause__ or error
+                    while why.__cause__:
+                        why = why.__cause__
+                    print(f"skipped: {job.peer}: {cell} {kernel} {dtype}: {why}", flush=True)
+                    continue
+                measure(row, compiled, batch_axis=0)
+                yield row
 
 
 def main() -> None:
@@ -321,6 +383,9 @@ def main() -> None:
     parser.add_argument("--kernel", nargs="*", default=KERNELS, choices=KERNELS)
     parser.add_argument("--json", help="also write the rows to this file, one JSON object a line")
     parser.add_argument("--capacity", action="store_true", help="the largest hidden sizes instead")
+    choices = [*static_extras.EXTRAS, "all"]
+    parser.add_argument("--extras", nargs="*", default=["none"], choices=choices)
+    parser.add_argument("--compare", action="store_true", help="the peers' kernels, too")
     args = parser.parse_args()
     if args.capacity:
         print_capacity(args.target, args.cell, args.dtype)
@@ -329,10 +394,13 @@ def main() -> None:
         sys.exit("unset TRITON_INTERPRET: an interpreted kernel is not compiled")
 
     names = [f.name for f in dataclasses.fields(Row)]
-    width = {n: max(len(n), {"regime": 11, "kernel": 9, "cell": 8}.get(n, 6)) for n in names}
+    width = {n: max(len(n), {"regime": 14, "kernel": 9, "cell": 8}.get(n, 6)) for n in names}
     print(f"Triton {triton.__version__}\n" + " ".join(n.rjust(width[n]) for n in names))
     out = open(args.json, "w") if args.json else None  # noqa: SIM115
-    for row in rows(args.target, args.cell, args.hidden, args.dtype, args.kernel):
+    asked = args.target, args.cell, args.hidden, args.dtype, args.kernel
+    for row in chain(
+        rows(*asked, args.extras or choices), peer_rows(*asked) if args.compare else ()
+    ):
         values = dataclasses.asdict(row)
         print(
             " ".join(str("-" if v == -1 else v).rjust(width[n]) for n, v in values.items()),

@@ -28,20 +28,24 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
+        ctx: Any,
+        dout: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        dc_seq: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of all inputs; differentiable themselves under ``create_graph=True``."""
         engine: Engine = ctx.engine
         layer: Layer = ctx.layer
         inputs, rest = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        grads, needs = (dout, dh_n, dc_n), ctx.needs_input_grad[2:]
+        grads, needs = (dout, dh_n, dc_n, dc_seq), ctx.needs_input_grad[2:]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         with without_autocast(inputs[0].device):  # in which backward may have been called
             if torch.is_grad_enabled() or forward_mode():
                 found = _differentiable(layer, inputs, grads, needs)
             else:
-                outputs, saved = Outputs(*rest[:3]), rest[3:]
+                outputs, saved = Outputs(*rest[:4]), rest[4:]
                 found = engine.backward(layer, inputs, outputs, saved, grads, needs)
         return None, None, *found
 

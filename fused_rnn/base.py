@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import cells, ops
+from fused_rnn import cells, ops, transforms
 from fused_rnn.cells import Cell
 from fused_rnn.dispatch import Backend, check_backend
 from fused_rnn.functional import rnn_layer
@@ -38,6 +38,10 @@ class FusedRNNBase(nn.Module):
     proj_size: int
     backend: Backend
     recompute: bool
+    zoneout: float
+    recurrent_dropout: float
+    learn_h0: bool
+    clip_recurrent_grad: float | None
 
     def __init__(
         self,
@@ -55,13 +59,16 @@ class FusedRNNBase(nn.Module):
         *,
         backend: Backend = "auto",
         recompute: bool = False,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        learn_h0: bool = False,
+        clip_recurrent_grad: float | None = None,
     ) -> None:
         super().__init__()
         self.dropout = float(dropout)
         _check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         check_backend(backend)
-        if not isinstance(recompute, bool):
-            raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+        _check_extras(recompute, zoneout, recurrent_dropout, learn_h0, clip_recurrent_grad)
         self.mode = mode
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -72,6 +79,10 @@ class FusedRNNBase(nn.Module):
         self.proj_size = proj_size
         self.backend = backend
         self.recompute = recompute
+        self.zoneout = float(zoneout)
+        self.recurrent_dropout = float(recurrent_dropout)
+        self.learn_h0 = learn_h0
+        self.clip_recurrent_grad = clip_recurrent_grad
 
         rows = self._cell.gates * hidden_size
         carried = proj_size or hidden_size
@@ -87,6 +98,11 @@ class FusedRNNBase(nn.Module):
                 shapes["weight_ih"] = (rows, carried * self._directions)
             for name in names:
                 shape = shapes[name.rsplit("_l", 1)[0]]
+                parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                self.register_parameter(name, parameter)
+        if learn_h0:
+            for name, width in zip(("h_0", "c_0"), self._state_widths, strict=False):
+                shape = (num_layers * self._directions, width)
                 parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                 self.register_parameter(name, parameter)
         self.reset_parameters()
@@ -149,20 +165,26 @@ class FusedRNNBase(nn.Module):
         return [[getattr(self, name) for name in names] for names in self._names()]
 
     def reset_parameters(self) -> None:
-        """Draw every parameter from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does."""
+        """Draw every parameter from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does.
+
+        Learned initial states begin as zeros.
+        """
         bound = 1.0 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        for name, parameter in self.named_parameters():
+            if name in ("h_0", "c_0"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
 
     def flatten_parameters(self) -> None:
         """Do nothing; for code written for torch.nn. These layers need no flat weight buffer."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, also of a version that did not know every attribute."""
-        super().__setstate__({"proj_size": 0, "backend": "auto", "recompute": False} | state)
+        super().__setstate__({"proj_size": 0, "backend": "auto"} | EXTRAS | state)
 
     def extra_repr(self) -> str:
-        """torch.nn's, with the backend if it is not "auto"."""
+        """torch.nn's, with what else is not as by default."""
         parts = [f"{self.input_size}, {self.hidden_size}"]
         defaults: dict[str, object] = {
             "proj_size": 0,
@@ -172,7 +194,7 @@ class FusedRNNBase(nn.Module):
             "dropout": 0,
             "bidirectional": False,
             "backend": "auto",
-            "recompute": False,
+            **EXTRAS,
         }
         for name, default in defaults.items():
             value = getattr(self, name)
@@ -258,13 +280,22 @@ class FusedRNNBase(nn.Module):
     # ---- the stack of layers --------------------------------------------------------------------
 
     def _run(
-        self, input: Tensor | PackedSequence, hx: States | None
-    ) -> tuple[Tensor | PackedSequence, States]:
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | None,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        return_cell_sequence: bool = False,
+    ) -> tuple[Any, ...]:
+        """``output``, the final states, and c of all steps if it is asked for."""
         weights = self._weights()
         w_ih = weights[0][0].w_ih
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             self.check_input(data, batch_sizes, w_ih)
+            again = _packed_reset(input, reset)
+            if lengths is not None:
+                raise ValueError("lengths are for padded input; a PackedSequence has its own")
             traced = ops.tracing()
             rows = TracedRows.packed(input, hx) if traced else Rows.packed(batch_sizes)
             if hx is not None:
@@ -272,10 +303,15 @@ class FusedRNNBase(nn.Module):
                 if sorted_indices is not None:
                     hx = tuple(s.index_select(1, sorted_indices) for s in hx)
             states = self._initial(data, rows.B) if hx is None else hx
-            out, states = self._stack(data, states, rows, weights)
+            found, states = self._stack(
+                data, states, rows, weights, None, again, return_cell_sequence
+            )
             if unsorted_indices is not None:
                 states = tuple(s.index_select(1, unsorted_indices) for s in states)
-            return PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices), states
+            packed = (
+                PackedSequence(s, batch_sizes, sorted_indices, unsorted_indices) for s in found
+            )
+            return next(packed), states, *packed
 
         if input.dim() not in (2, 3):
             suffix = " tensor instead" if self.mode.startswith("RNN") else " instead"
@@ -291,19 +327,39 @@ class FusedRNNBase(nn.Module):
         self.check_input(input, None, w_ih)
         x = input.transpose(0, 1) if self.batch_first else input
         T, B, _ = x.shape
+        _check_lengths(lengths, x, batched)
+        again = self._padded_reset(reset, x, batched)
         if hx is not None:
             self._check_states(x, hx, B)
         states = self._initial(x, B) if hx is None else hx
+        more = lengths, again, return_cell_sequence
         if ops.tracing():  # the operators take the batch as it is
-            out, states = self._stack(x, states, TracedRows(B), weights)
+            found, states = self._stack(x, states, TracedRows(B), weights, *more)
         else:
-            out, states = self._stack(x.reshape(T * B, -1), states, Rows(T, B), weights)
-            out = out.view(T, B, -1)
+            more = lengths, None if again is None else again.reshape(T * B), return_cell_sequence
+            found, states = self._stack(x.reshape(T * B, -1), states, Rows(T, B), weights, *more)
+            found = tuple([s.view(T, B, -1) for s in found])
         if self.batch_first:
-            out = out.transpose(0, 1)
+            found = tuple([s.transpose(0, 1) for s in found])
         if not batched:
-            return out.squeeze(batch_dim), tuple(s.squeeze(1) for s in states)
-        return out, states
+            found = tuple([s.squeeze(batch_dim) for s in found])
+            states = tuple([s.squeeze(1) for s in states])
+        return found[0], states, *found[1:]
+
+    def _padded_reset(
+        self, reset: Tensor | PackedSequence | None, x: Tensor, batched: bool
+    ) -> Tensor | None:
+        """``reset`` as [T, B], checked against the input ``x`` [T, B, I]."""
+        if reset is None:
+            return None
+        if not isinstance(reset, Tensor):
+            raise TypeError(f"reset should be a bool tensor, as input, got {type(reset).__name__}")
+        if not batched:
+            reset = reset.unsqueeze(-1)
+        elif self.batch_first and reset.dim() == 2:
+            reset = reset.transpose(0, 1)
+        _check_reset(reset, x)
+        return reset
 
     @property
     def _state_widths(self) -> list[int]:
@@ -311,30 +367,69 @@ class FusedRNNBase(nn.Module):
         return [carried, self.hidden_size] if self._cell.has_c else [carried]
 
     def _initial(self, x: Tensor, B: int) -> States:
+        if self.learn_h0:
+            return tuple([s[:, None].expand(-1, B, -1).to(x.dtype) for s in self._learned()])
         count = self.num_layers * self._directions
         return tuple(x.new_zeros(count, B, width) for width in self._state_widths)
 
+    def _learned(self) -> States:
+        """The learned initial states [L*D, .]."""
+        rows = self.num_layers * self._directions
+        names = zip(("h_0", "c_0"), self._state_widths, strict=False)
+        return tuple([self._read(name, (rows, width)) for name, width in names])
+
     def _stack(
-        self, x: Tensor, states: States, rows: Rows | TracedRows, weights: list[list[Weights]]
-    ) -> tuple[Tensor, States]:
-        """All layers, bottom up: ``x`` [N, I] to out [N, D*R] and the final states."""
+        self,
+        x: Tensor,
+        states: States,
+        rows: Rows | TracedRows,
+        weights: list[list[Weights]],
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        cells: bool,
+    ) -> tuple[tuple[Tensor, ...], States]:
+        """All layers, bottom up: ``x`` [N, I] to out [N, D*R] and the final states.
+
+        With ``cells`` c of all steps of the last layer [N, D*H] stands behind out.
+        """
         D, cell = self._directions, self._cell
         finals: list[States] = []
+        learned = self._learned() if self.learn_h0 and reset is not None else None
         for layer in range(self.num_layers):
             mine = states
             if self.num_layers > 1:
                 mine = tuple(s[layer * D : (layer + 1) * D] for s in states)
             c0 = mine[1] if cell.has_c else None
+            restart: Any = None
+            if learned is not None:
+                first = [s[layer * D : (layer + 1) * D].to(x.dtype) for s in learned]
+                restart = (first[0], first[1] if cell.has_c else None)
             out = rnn_layer(
-                cell, x, mine[0], c0, weights[layer], rows, self.backend, self.recompute
+                cell,
+                x,
+                mine[0],
+                c0,
+                weights[layer],
+                rows,
+                self.backend,
+                self.recompute,
+                lengths=lengths,
+                reset=reset,
+                restart=restart,
+                zoneout=self.zoneout,
+                recurrent_dropout=self.recurrent_dropout,
+                clip_recurrent_grad=self.clip_recurrent_grad,
+                return_cell_sequence=cells and layer == self.num_layers - 1,
+                training=self.training,
             )
             x = out.out
             finals.append((out.h_n,) if out.c_n is None else (out.h_n, out.c_n))
             if self.dropout > 0 and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
+        found = (x,) if out.c_seq is None else (x, out.c_seq)
         if self.num_layers == 1:
-            return x, finals[0]
-        return x, tuple(torch.cat(same) for same in zip(*finals, strict=True))
+            return found, finals[0]
+        return found, tuple(torch.cat(same) for same in zip(*finals, strict=True))
 
 
 _CELLS = {
@@ -343,6 +438,93 @@ _CELLS = {
     "GRU": cells.GRU,
     "LSTM": cells.LSTM,
 }
+
+
+# What torch.nn's layers do not have, with its defaults.
+EXTRAS: dict[str, object] = {
+    "recompute": False,
+    "zoneout": 0.0,
+    "recurrent_dropout": 0.0,
+    "learn_h0": False,
+    "clip_recurrent_grad": None,
+}
+
+
+def _check_extras(
+    recompute: Any, zoneout: Any, recurrent_dropout: Any, learn_h0: Any, clip: Any
+) -> None:
+    for name, value in (("recompute", recompute), ("learn_h0", learn_h0)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    for name, value in (("zoneout", zoneout), ("recurrent_dropout", recurrent_dropout)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name} should be a number, got: {type(value).__name__}")
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} should be a number in range [0, 1), got {value}")
+    if clip is not None:
+        if not isinstance(clip, (int, float)) or isinstance(clip, bool):
+            kind = type(clip).__name__
+            raise TypeError(f"clip_recurrent_grad should be a number or None, got: {kind}")
+        if not clip > 0:
+            raise ValueError(f"clip_recurrent_grad should be greater than zero, got {clip}")
+
+
+def _check_lengths(lengths: Tensor | None, x: Tensor, batched: bool) -> None:
+    """Raise unless ``lengths`` [B] fits the input ``x`` [T, B, I].
+
+    On a GPU its values are not looked at, which would wait for it.
+    """
+    if lengths is None:
+        return
+    T, B, _ = x.shape
+    if not batched:
+        raise ValueError("lengths are for batched input: cut the one sequence instead")
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths should be a tensor of int64 or int32, got {kind}")
+    if lengths.shape != (B,):
+        raise RuntimeError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
+    if lengths.device != x.device:
+        raise RuntimeError(
+            "Input and lengths are not at the same device, found input tensor at "
+            f"{x.device} and lengths at {lengths.device}"
+        )
+    if lengths.device.type == "cpu" and not ops.tracing() and not transforms.active():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > T:
+            raise ValueError(f"lengths should be from 0 to {T}, got {low} to {high}")
+
+
+def _check_reset(reset: Tensor, x: Tensor) -> None:
+    """Raise unless ``reset`` [T, B] or [N] fits the rows of ``x``."""
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset should be a tensor of bool, got {reset.dtype}")
+    if reset.shape != x.shape[:-1]:
+        expected = "x".join(map(str, x.shape[:-1]))
+        raise RuntimeError(
+            f"Expected reset for {expected} steps of the input, got one of size "
+            f"{tuple(reset.shape)}"
+        )
+    if reset.device != x.device:
+        raise RuntimeError(
+            "Input and reset are not at the same device, found input tensor at "
+            f"{x.device} and reset at {reset.device}"
+        )
+
+
+def _packed_reset(input: PackedSequence, reset: Tensor | PackedSequence | None) -> Tensor | None:
+    """``reset`` as [N], checked against the input."""
+    if reset is None:
+        return None
+    if not isinstance(reset, PackedSequence):
+        raise TypeError(f"reset should be packed as the input is, got {type(reset).__name__}")
+    if not ops.tracing() and not torch.equal(reset.batch_sizes, input.batch_sizes):
+        raise RuntimeError(
+            f"Expected reset with batch_sizes {input.batch_sizes.tolist()}, "
+            f"got {reset.batch_sizes.tolist()}"
+        )
+    _check_reset(reset.data, input.data)
+    return reset.data
 
 
 def _check_arguments(

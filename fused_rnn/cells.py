@@ -61,3 +61,14 @@ RNN_RELU = Cell("rnn_relu", gates=1, has_c=False, step=_rnn_relu)
 GRU = Cell("gru", gates=3, has_c=False, step=_gru)
 LSTM = Cell("lstm", gates=4, has_c=True, step=_lstm)
 BY_NAME = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, GRU, LSTM)}
+
+
+def register(cell: Cell) -> None:
+    """Make another cell known by its name; the eager loop then runs it, traced or not.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if cell.name in BY_NAME:
+        raise ValueError(f"there is a cell {cell.name!r} already")
+    BY_NAME[cell.name] = cell

@@ -14,7 +14,9 @@ from torch import Tensor
 from fused_rnn.cpu_elman import ElmanSweep
 from fused_rnn.cpu_gated import GatedSweep
 from fused_rnn.cpu_gated_cells import GATED_CELLS
-from fused_rnn.problem import Grads, Layer, Outputs, Saved, Specs
+from fused_rnn.problem import Grads, Layer, OutputGrads, Outputs, Saved, Specs
+
+CELLS = frozenset({"rnn_tanh", "rnn_relu", *GATED_CELLS})  # by name
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,13 +66,13 @@ def backward(
     inputs: Saved,
     outputs: Outputs,
     saved: Saved,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grads: OutputGrads,
     needs: tuple[bool, ...],
 ) -> Grads:
     """See :class:`fused_rnn.problem.Engine`."""
     dtype, (x, h0, c0, *flat) = _cast(inputs)
     out = outputs.out.to(x.dtype)
-    dout, dh_n, dc_n = (None if g is None else g.to(x.dtype) for g in grads)
+    dout, dh_n, dc_n = (None if g is None else g.to(x.dtype) for g in grads[:3])
     R, per_direction = h0.shape[-1], len(saved) // layer.directions
     dx = torch.empty_like(x) if needs[0] else None
     dh0, dc0 = torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0)

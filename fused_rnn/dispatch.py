@@ -78,11 +78,18 @@ def choose(
         return Choice("eager", None, reason, step=True)
     if backend == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend='cpu' needs tensors on the CPU, but the input is on {device}")
+    if device.type == "cpu" and backend != "triton" and layer.extras is not None:
+        return Choice("cpu", None, "the loop of PyTorch calls, which alone knows the extras here")
     if device.type == "cpu" and backend != "triton":
         refusal = onednn.why_not(layer, dtype, projected)
         if refusal is None:
             return Choice("cpu", onednn, "oneDNN's fused LSTM")
-        return Choice("cpu", cpu, f"sweeps of PyTorch calls; not oneDNN, since {refusal}")
+        if layer.cell.name in cpu.CELLS:
+            return Choice("cpu", cpu, f"sweeps of PyTorch calls; not oneDNN, since {refusal}")
+        reason = f"the CPU engine has no sweeps for {layer.cell.name}"
+        if backend == "cpu":
+            raise RuntimeError(f"backend='cpu' cannot run this layer: {reason}")
+        return Choice("eager", None, reason)
     engine = triton_backend.make_engine(layer, device, dtype, H, projected)
     if not isinstance(engine, str):
         return Choice("triton", engine, engine.plan.reason)

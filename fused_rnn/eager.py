@@ -1,10 +1,9 @@
 """The eager loop as an engine, for callers who cannot leave differentiation to autograd."""
 
 import torch
-from torch import Tensor
 
 from fused_rnn import reference, transforms
-from fused_rnn.problem import Grads, Layer, Outputs, Saved, Specs
+from fused_rnn.problem import Grads, Layer, OutputGrads, Outputs, Saved, Specs
 
 
 def forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
@@ -23,7 +22,7 @@ def backward(
     inputs: Saved,
     outputs: Outputs,
     saved: Saved,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grads: OutputGrads,
     needs: tuple[bool, ...],
 ) -> Grads:
     """See :class:`fused_rnn.problem.Engine`."""

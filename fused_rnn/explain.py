@@ -10,7 +10,7 @@ from fused_rnn import triton_backend
 from fused_rnn.base import FusedRNNBase
 from fused_rnn.dispatch import choose
 from fused_rnn.precision import autocast_dtype, rnn_precision
-from fused_rnn.problem import Layer
+from fused_rnn.problem import Extras, Layer
 from fused_rnn.rows import Rows
 
 
@@ -59,7 +59,10 @@ def problem_of(
         layer.check_input(data, None)
         rows = Rows(data.shape[1 - batch_dim], data.shape[batch_dim])
     dtype = autocast_dtype(data) or data.dtype
-    return Layer(layer._cell, rows, layer._directions, layer.recompute), data.device, dtype
+    zoned, dropped = layer.zoneout > 0, layer.training and layer.recurrent_dropout > 0
+    extras = Extras() if zoned or dropped or layer.clip_recurrent_grad is not None else None
+    problem = Layer(layer._cell, rows, layer._directions, layer.recompute, extras)
+    return problem, data.device, dtype
 
 
 def explain(

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from fused_rnn import ops, transforms
+from fused_rnn import extras, ops, transforms
 from fused_rnn.cells import Cell
 from fused_rnn.dispatch import Backend
 from fused_rnn.ops import TracedRows
 from fused_rnn.precision import autocast_dtype, without_autocast
-from fused_rnn.problem import Layer, Outputs, Saved, Weights
+from fused_rnn.problem import Extras, Layer, Outputs, Saved, Weights
 from fused_rnn.rows import Rows
+from fused_rnn.stretches import Stretches
 
 
 def rnn_layer(
@@ -22,10 +24,21 @@ def rnn_layer(
     rows: Rows | TracedRows,
     backend: Backend = "auto",
     recompute: bool = False,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    restart: tuple[Tensor, Tensor | None] | None = None,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    clip_recurrent_grad: float | None = None,
+    return_cell_sequence: bool = False,
+    training: bool = True,
+    generator: torch.Generator | None = None,
 ) -> Outputs:
     """Run one recurrent layer over a batch of sequences.
 
     Under autocast everything is computed in the autocast dtype, as ``nn.LSTM`` does on a GPU.
+    What the keywords mean is told in :class:`fused_rnn.FusedLSTM`.
 
     Args:
         cell: one of :mod:`fused_rnn.cells`.
@@ -36,21 +49,48 @@ def rnn_layer(
         rows: where the rows of each time step lie.
         backend: "auto", "triton", "cpu" or "eager".
         recompute: save only the states for backward and compute the gates a second time.
+        lengths: steps of each sequence of a uniform batch, int64 [B].
+        reset: whether a new stretch begins at a row, bool [N].
+        restart: what it begins with, h [D, R] and c [D, H] or None; by default zeros.
+        zoneout: probability that a unit keeps its state.
+        recurrent_dropout: probability that a unit is left out of the recurrent product.
+        clip_recurrent_grad: bound of the gradient from step to step.
+        return_cell_sequence: return c of all steps.
+        training: draw the masks of zoneout and dropout; else take their expectation.
+        generator: from which they are drawn; by default the device's own.
 
     Returns:
-        out [N, D*R], h_n [D, B, R] and c_n [D, B, H] or None
+        out [N, D*R], h_n [D, B, R], c_n [D, B, H] or None, c_seq [N, D*H] or None
 
     Raises:
         RuntimeError: ``backend`` cannot run this layer.
         ValueError: ``backend`` is not a backend's name.
     """
-    inputs = (x, h0, c0, *(p for w in weights for p in w))
+    found = extras.prepare(
+        cell,
+        x,
+        h0,
+        c0,
+        lengths=lengths,
+        reset=reset,
+        restart=restart,
+        zoneout=zoneout,
+        recurrent_dropout=recurrent_dropout,
+        clip_recurrent_grad=clip_recurrent_grad,
+        return_cell_sequence=return_cell_sequence,
+        training=training,
+        generator=generator,
+    )
+    more, masks = (None, ()) if found is None else found
+    if lengths is not None:
+        x = extras.without_padding(x, lengths)
+    inputs = (x, h0, c0, *(p for w in weights for p in w), *masks)
     dtype = autocast_dtype(x)
     if dtype is None:
-        return _run(cell, rows, len(weights), recompute, inputs, backend)
-    inputs = tuple([t if t is None else t.to(dtype) for t in inputs])
+        return _run(cell, rows, len(weights), recompute, more, inputs, backend)
+    inputs = tuple([t if t is None or not t.is_floating_point() else t.to(dtype) for t in inputs])
     with without_autocast(x.device):
-        return _run(cell, rows, len(weights), recompute, inputs, backend)
+        return _run(cell, rows, len(weights), recompute, more, inputs, backend)
 
 
 def _run(
@@ -58,9 +98,41 @@ def _run(
     rows: Rows | TracedRows,
     directions: int,
     recompute: bool,
+    more: Extras | None,
     inputs: Saved,
     backend: Backend,
 ) -> Outputs:
     if isinstance(rows, TracedRows):
-        return ops.run(cell.name, rows, directions, recompute, inputs, backend)
-    return transforms.run(Layer(cell, rows, directions, recompute), inputs, backend)
+        return ops.run(cell.name, rows, directions, recompute, more, inputs, backend)
+    layer = Layer(cell, rows, directions, recompute, more)
+    if more == Extras() and backend in ("auto", "cpu") and not transforms.active():
+        found = _by_stretches(layer, inputs, backend)
+        if found is not None:
+            return found
+    return transforms.run(layer, inputs, backend)
+
+
+def _by_stretches(layer: Layer, inputs: Saved, backend: Backend) -> Outputs | None:
+    """Lengths and resets on the CPU, if there are no other extras."""
+    masks, rows = layer.masks(inputs), layer.rows
+    x, h0, c0, *rest = inputs
+    assert x is not None
+    assert h0 is not None
+    cpu = x.device.type == "cpu" and rows.batch_sizes is None
+    if not cpu or not all(t is None for t in masks[4:]):
+        return None
+    stretches = Stretches.of(rows, masks)
+    if stretches is None:
+        return None
+    packed = (
+        x[stretches.steps],
+        stretches.initial(h0, masks.restart_h),
+        None if c0 is None else stretches.initial(c0, masks.restart_c),
+        *rest[: -len(masks)],
+    )
+    plain = Layer(layer.cell, stretches.rows, layer.directions, layer.recompute)
+    found = transforms.run(plain, packed, backend)
+    c_n = None
+    if c0 is not None and found.c_n is not None:
+        c_n = stretches.final(found.c_n, c0)
+    return Outputs(stretches.spread(found.out, rows.N), stretches.final(found.h_n, h0), c_n)

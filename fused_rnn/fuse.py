@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from fused_rnn.base import EXTRAS, FusedRNNBase
 from fused_rnn.dispatch import Backend
 from fused_rnn.layers import FusedGRU, FusedLSTM, FusedRNN
 
@@ -42,6 +43,9 @@ def unfuse(model: nn.Module) -> nn.Module:
     the ``onnx`` package. Let the batch size vary only if the model takes the states as inputs:
     torch.nn's default states are zeros of the batch size of the export.
 
+    Raises:
+        ValueError: a layer does what torch.nn's cannot (zoneout, learned initial states and so on).
+
     (``torch.export`` needs no detour: it takes the fused layers with symbolic T and B.)
     """
     return _swap(model, {fused: plain for plain, fused in _TWINS.items()}, {})
@@ -69,6 +73,10 @@ def _swap(
 
 
 def _twin(layer: nn.Module, cls: type[nn.Module], extra: dict[str, Any]) -> nn.Module:
+    if isinstance(layer, FusedRNNBase):
+        used = [name for name in EXTRAS if name != "recompute" and getattr(layer, name)]
+        if used:
+            raise ValueError(f"torch.nn's layers have no {', '.join(used)}")
     config = {name: getattr(layer, name) for name in _CONFIG} | extra
     if isinstance(layer, (nn.RNN, FusedRNN)):
         config["nonlinearity"] = layer.nonlinearity
@@ -81,7 +89,7 @@ def _twin(layer: nn.Module, cls: type[nn.Module], extra: dict[str, Any]) -> nn.M
         setattr(twin, name, parameter)
     own = twin.__dict__
     private = {"_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights"}
-    private |= {"_parameters", "_modules", "backend", "recompute"}
+    private |= {"_parameters", "_modules", "backend", *EXTRAS}
     own.update({k: v for k, v in layer.__dict__.items() if k not in private})
     if isinstance(twin, nn.RNNBase):
         twin.flatten_parameters()

@@ -19,11 +19,29 @@ class FusedRNN(FusedRNNBase):
         nonlinearity: "tanh" or "relu".
         backend: "auto", "triton", "cpu" or "eager".
         recompute: save only h (and c) for backward and compute the gates a second time.
+        zoneout: probability that a unit keeps its state for a step (h, and the LSTM's c on its
+            own, Krueger et al. 2017, arXiv:1606.01305); without training, the expectation is
+            taken.
+        recurrent_dropout: probability that a unit of h is left out of the recurrent product, the
+            same ones at all steps (Gal and Ghahramani 2016, arXiv:1512.05287); only in training.
+        learn_h0: own the initial states as parameters ``h_0`` [L*D, H] (and ``c_0``), at first
+            zero; they stand in for ``hx`` where it is not given.
+        clip_recurrent_grad: cut the gradient that a step passes to the state before it to
+            [-value, value], element by element.
         **kwargs: as ``nn.RNN``.
 
     Inputs are ``input`` [T, B, I] ([B, T, I] with ``batch_first``, [T, I] unbatched, or a
     PackedSequence) and ``hx`` [L*D, B, H] (default zeros); outputs ``output`` [T, B, D*H], of
-    the input's kind, and ``h_n`` [L*D, B, H].
+    the input's kind, and ``h_n`` [L*D, B, H]. Two inputs more are keywords:
+
+    ``lengths`` int64 [B], on the input's device: steps of each sequence of a padded batch. The
+    final states are those at its end, the output is 0 beyond it; nothing is sorted or packed, and
+    nobody waits for the GPU. Out-of-range values are an error on the CPU, cut off on a GPU.
+
+    ``reset`` bool, [T, B] or as the input is laid out: steps at which a new stretch of a sequence
+    begins, as an episode in reinforcement learning. The state before it is zero (or the learned
+    one) whatever came before, ``hx`` included; in the reverse direction, the step before it is the
+    first one of the other stretch.
 
     Example:
         >>> rnn = FusedRNN(10, 20, 2)
@@ -47,10 +65,15 @@ class FusedRNN(FusedRNNBase):
         super().__init__(modes[self.nonlinearity], *args, **kwargs)
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """``output`` [T, B, D*H] and ``h_n`` [L*D, B, H]."""
-        output, (h_n,) = self._run(input, None if hx is None else (hx,))
+        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, reset)
         return output, h_n
 
 
@@ -64,9 +87,18 @@ class FusedGRU(FusedRNNBase):
         *args: as ``nn.GRU``.
         backend: "auto", "triton", "cpu" or "eager".
         recompute: save only h (and c) for backward and compute the gates a second time.
+        zoneout: probability that a unit keeps its state for a step (h, and the LSTM's c on its
+            own, Krueger et al. 2017, arXiv:1606.01305); without training, the expectation is
+            taken.
+        recurrent_dropout: probability that a unit of h is left out of the recurrent product, the
+            same ones at all steps (Gal and Ghahramani 2016, arXiv:1512.05287); only in training.
+        learn_h0: own the initial states as parameters ``h_0`` [L*D, H] (and ``c_0``), at first
+            zero; they stand in for ``hx`` where it is not given.
+        clip_recurrent_grad: cut the gradient that a step passes to the state before it to
+            [-value, value], element by element.
         **kwargs: as ``nn.GRU``.
 
-    Shapes are those of :class:`FusedRNN`.
+    Inputs and outputs are those of :class:`FusedRNN`.
 
     Example:
         >>> gru = FusedGRU(10, 20, bidirectional=True, batch_first=True)
@@ -80,10 +112,15 @@ class FusedGRU(FusedRNNBase):
         super().__init__("GRU", *args, **kwargs)
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """``output`` [T, B, D*H] and ``h_n`` [L*D, B, H]."""
-        output, (h_n,) = self._run(input, None if hx is None else (hx,))
+        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, reset)
         return output, h_n
 
 
@@ -98,10 +135,21 @@ class FusedLSTM(FusedRNNBase):
         proj_size: size R of the projected h, 0 for none (then R = H below).
         backend: "auto", "triton", "cpu" or "eager".
         recompute: save only h (and c) for backward and compute the gates a second time.
+        zoneout: probability that a unit keeps its state for a step (h, and the LSTM's c on its
+            own, Krueger et al. 2017, arXiv:1606.01305); without training, the expectation is
+            taken.
+        recurrent_dropout: probability that a unit of h is left out of the recurrent product, the
+            same ones at all steps (Gal and Ghahramani 2016, arXiv:1512.05287); only in training.
+        learn_h0: own the initial states as parameters ``h_0`` [L*D, H] (and ``c_0``), at first
+            zero; they stand in for ``hx`` where it is not given.
+        clip_recurrent_grad: cut the gradient that a step passes to the state before it to
+            [-value, value], element by element.
         **kwargs: as ``nn.LSTM``.
 
     Inputs are ``input`` as for :class:`FusedRNN` and ``hx = (h_0 [L*D, B, R], c_0 [L*D, B, H])``;
-    outputs ``output`` [T, B, D*R] and ``(h_n, c_n)`` of the sizes of ``hx``.
+    outputs ``output`` [T, B, D*R] and ``(h_n, c_n)`` of the sizes of ``hx``. ``lengths`` and
+    ``reset`` are as for :class:`FusedRNN`; ``return_cell_sequence=True`` adds a third output, c of
+    all steps of the last layer [T, B, D*H], through which gradients flow as through the others.
 
     Example:
         >>> lstm = FusedLSTM(10, 20, 2)
@@ -114,11 +162,19 @@ class FusedLSTM(FusedRNNBase):
         super().__init__("LSTM", *args, **kwargs)
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        """``output`` [T, B, D*R] and ``(h_n [L*D, B, R], c_n [L*D, B, H])``."""
-        output, (h_n, c_n) = self._run(input, hx)
-        return output, (h_n, c_n)
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        return_cell_sequence: bool = False,
+    ) -> Any:
+        """``output`` [T, B, D*R] and ``(h_n [L*D, B, R], c_n [L*D, B, H])``.
+
+        With ``return_cell_sequence``, third, the last layer's c of all steps [T, B, D*H].
+        """
+        return self._run(input, hx, lengths, reset, return_cell_sequence)
 
 
 def _refuse_projection(kwargs: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fused_rnn.problem import Grads, Layer, Outputs, Saved
+from fused_rnn.problem import Grads, Layer, OutputGrads, Outputs, Saved
 
 _LSTM = 2  # torch's number for the cell
 
@@ -91,12 +91,12 @@ def backward(
     inputs: Saved,
     outputs: Outputs,
     saved: Saved,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grads: OutputGrads,
     needs: tuple[bool, ...],
 ) -> Grads:
     """See :class:`fused_rnn.problem.Engine`."""
     x, h0, c0, *flat = _plain(inputs)
-    dout, dh_n, dc_n = grads
+    dout, dh_n, dc_n, _ = grads
     assert x is not None
     assert h0 is not None
     assert c0 is not None

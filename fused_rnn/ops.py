@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import dispatch, eager, step, transforms
 from fused_rnn.cells import BY_NAME
 from fused_rnn.dispatch import Backend
-from fused_rnn.problem import Engine, Layer, Outputs, Saved, Weights
+from fused_rnn.problem import Engine, Extras, Layer, Masks, Outputs, Saved, Weights
 from fused_rnn.rows import Rows
 
 
@@ -69,12 +69,22 @@ class _Call:
         directions: int,
         recompute: bool,
         backend: Any,
+        masks: Sequence[bool],
+        zoneout: float,
+        clip: float | None,
+        cells: bool,
         traced: bool = False,
         record: bool = True,
     ) -> "_Call":
         x, h0, *rest = tensors
         has_c = BY_NAME[cell].has_c
         c0, rest = (rest[0], rest[1:]) if has_c else (None, rest)
+        weights = rest[: len(rest) - sum(masks)]
+        left = iter(rest[len(weights) :])
+        given = [next(left) if here else None for here in masks]
+        zoned = zoneout > 0 or Masks(*given).zone_h is not None
+        extras = Extras(zoned, zoneout, clip, cells)
+        more = extras != Extras() or any(masks)
         if traced:  # whether there is an engine does not depend on T and B
             rows = Rows(1, 1, None if batch_sizes is None else (1,))
         elif batch_sizes is None:
@@ -86,9 +96,13 @@ class _Call:
                     f"batch_sizes stand for {rows.N} rows of {rows.B} sequences, but got "
                     f"{x.shape[0]} rows and initial states of {h0.shape[1]} sequences"
                 )
-        layer = Layer(BY_NAME[cell], rows, directions, recompute)
-        flat = x if batch_sizes is not None else x.reshape(-1, x.shape[-1])
-        inputs = (flat, h0, c0, *_with_absent(rest, directions))
+        layer = Layer(BY_NAME[cell], rows, directions, recompute, extras if more else None)
+        flat = _rows(x, batch_sizes)
+        assert flat is not None
+        found = Masks(*given)
+        given[1] = None if found.reset is None else found.reset.flatten()
+        given[4:6] = _rows(found.zone_h, batch_sizes), _rows(found.zone_c, batch_sizes)
+        inputs = (flat, h0, c0, *_with_absent(weights, directions), *(given if more else ()))
         choice = dispatch.choose_for(layer, inputs, backend, record)
         return cls(layer, inputs, choice.engine or eager, choice.step)
 
@@ -102,6 +116,13 @@ def _with_absent(weights: Sequence[Tensor], directions: int) -> Saved:
         b_ih, b_hh = rest[:2] if k >= 4 else (None, None)
         found += Weights(w_ih, w_hh, b_ih, b_hh, rest[-1] if k % 2 else None)
     return tuple(found)
+
+
+def _rows(tensor: Tensor | None, batch_sizes: Tensor | None) -> Tensor | None:
+    """[T, B, ...], or [N, ...] with ``batch_sizes``, as [N, ...]."""
+    if tensor is None or batch_sizes is not None:
+        return tensor
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -119,33 +140,45 @@ def layer_op(
     directions: int,
     recompute: bool,
     backend: str,
+    masks: list[bool],
+    zoneout: float,
+    clip: float | None,
+    cells: bool,
     save: bool,
 ) -> list[Tensor]:
     """Run one layer.
 
     Args:
         tensors: x [T, B, I], or [N, I] with ``batch_sizes``; h0 [D, B, R]; c0 [D, B, H] if the cell
-            has one; the parameters of each direction, as many as there are.
+            has one; the parameters of each direction, as many as there are; those that ``masks``
+            marks, reset [T, B] and zones [T, B, .] without ``batch_sizes``.
         batch_sizes: rows of each step, int64 [T] on the CPU, if the sequences differ in length.
         cell: a name of :mod:`fused_rnn.cells`.
         directions: 1 or 2.
         recompute: as in :class:`fused_rnn.problem.Layer`.
         backend: as in :func:`fused_rnn.dispatch.choose`.
+        masks: which of the :class:`fused_rnn.problem.Masks` there are.
+        zoneout: as in :class:`fused_rnn.problem.Extras`.
+        clip: see there.
+        cells: see there.
         save: return what backward needs; without, it runs forward a second time.
 
     Returns:
-        out [T, B, D*R] or [N, D*R], h_n [D, B, R], c_n [D, B, H] if the cell has one, and with
-        ``save`` those of :meth:`fused_rnn.problem.Engine.saved_specs`
+        out [T, B, D*R] or [N, D*R], h_n [D, B, R], c_n [D, B, H] if the cell has one, with
+        ``cells`` c of all steps as out, with ``save`` :meth:`fused_rnn.problem.Engine.saved_specs`
     """
-    call = _Call.of(tensors, batch_sizes, cell, directions, recompute, backend, record=save)
+    options = (cell, directions, recompute, backend, masks, zoneout, clip, cells)
+    call = _Call.of(tensors, batch_sizes, *options, record=save)
     saved: Saved = ()
     if call.step:
         outputs = step.forward(call.layer, call.inputs)
     else:
         save = save and call.engine.saved_specs(call.layer, call.inputs) is not None
         outputs, saved = call.engine.forward(call.layer, call.inputs, save)
-    out = outputs.out.view(*tensors[0].shape[:-1], -1)
-    return [out, outputs.h_n, *_present([outputs.c_n]), *_present(saved)]
+    steps = tensors[0].shape[:-1]
+    c_seq = None if outputs.c_seq is None else outputs.c_seq.view(*steps, -1)
+    states = _present([outputs.h_n, outputs.c_n, c_seq])
+    return [outputs.out.view(*steps, -1), *states, *_present(saved)]
 
 
 @layer_op.register_fake
@@ -156,13 +189,20 @@ def _layer_fake(
     directions: int,
     recompute: bool,
     backend: str,
+    masks: list[bool],
+    zoneout: float,
+    clip: float | None,
+    cells: bool,
     save: bool,
 ) -> list[Tensor]:
-    call = _Call.of(tensors, batch_sizes, cell, directions, recompute, backend, traced=True)
+    options = (cell, directions, recompute, backend, masks, zoneout, clip, cells)
+    call = _Call.of(tensors, batch_sizes, *options, traced=True)
     x, h0 = tensors[:2]
     states = tensors[1:3] if call.layer.cell.has_c else [h0]
     out = x.new_empty(*x.shape[:-1], directions * h0.shape[-1])
     results = [out, *(s.new_empty(s.shape) for s in states)]
+    if cells:
+        results.append(x.new_empty(*x.shape[:-1], directions * tensors[2].shape[-1]))
     specs = call.engine.saved_specs(call.layer, call.inputs) if save else None
     return results + [x.new_empty(s[0], dtype=s[1]) for s in specs or () if s is not None]
 
@@ -182,11 +222,15 @@ def layer_backward_op(
     directions: int,
     recompute: bool,
     backend: str,
+    masks: list[bool],
+    zoneout: float,
+    clip: float | None,
+    cells: bool,
 ) -> list[Tensor]:
     """Gradients of a layer's inputs.
 
     Args:
-        grads: gradients of those of out, h_n (and c_n) that ``given`` marks; the others are zero.
+        grads: gradients of those of the outputs that ``given`` marks; the others are zero.
         given: which outputs have a gradient.
         tensors: of :func:`layer_op`.
         results: of :func:`layer_op`; without what ``save`` adds, forward runs a second time.
@@ -196,31 +240,41 @@ def layer_backward_op(
         directions: of :func:`layer_op`.
         recompute: of :func:`layer_op`.
         backend: of :func:`layer_op`.
+        masks: of :func:`layer_op`.
+        zoneout: of :func:`layer_op`.
+        clip: of :func:`layer_op`.
+        cells: of :func:`layer_op`.
 
     Returns:
         the gradients of those that ``needs`` marks
     """
-    call = _Call.of(tensors, batch_sizes, cell, directions, recompute, backend)
+    options = (cell, directions, recompute, backend, masks, zoneout, clip, cells)
+    call = _Call.of(tensors, batch_sizes, *options)
     layer, inputs, engine = call.layer, call.inputs, call.engine
     states = 2 if layer.cell.has_c else 1
-    out = results[0].flatten(0, -2)
-    outputs = Outputs(out, results[1], results[2] if states == 2 else None)
-    specs, rest = engine.saved_specs(layer, inputs), results[1 + states :]
+    rest = results[1 + states + cells :]
+    outputs = Outputs(
+        results[0].flatten(0, -2),
+        results[1],
+        results[2] if states == 2 else None,
+        results[3].flatten(0, -2) if cells else None,
+    )
+    specs = engine.saved_specs(layer, inputs)
     if specs is not None and len(rest) == sum(s is not None for s in specs):
         left = iter(rest)
         saved = tuple(None if s is None else next(left) for s in specs)
     else:
         outputs, saved = engine.forward(layer, inputs, save=True)
     left = iter(grads)
-    all_grads = [next(left) if g else None for g in given] + [None] * (2 - states)
-    dout = all_grads[0]
+    all_grads = [next(left) if g else None for g in given]
+    dout, dh_n, dc_n, dc_seq = (*all_grads, None, None)[:4]
     wanted = iter(needs)
     found = engine.backward(
         layer,
         inputs,
         outputs,
         saved,
-        (None if dout is None else dout.flatten(0, -2), all_grads[1], all_grads[2]),
+        (_flat(dout), dh_n, dc_n, _flat(dc_seq)),
         tuple(t is not None and next(wanted) for t in inputs),
     )
     present = [g for g, t in zip(found, inputs, strict=True) if t is not None]
@@ -232,6 +286,10 @@ def layer_backward_op(
             seen = any(grad.data_ptr() == other.data_ptr() for other in result)
             result.append(grad.clone() if seen else grad.contiguous())
     return result
+
+
+def _flat(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.flatten(0, -2)
 
 
 @layer_backward_op.register_fake
@@ -246,6 +304,10 @@ def _layer_backward_fake(
     directions: int,
     recompute: bool,
     backend: str,
+    masks: list[bool],
+    zoneout: float,
+    clip: float | None,
+    cells: bool,
 ) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
 
@@ -254,17 +316,18 @@ def _layer_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, batch_sizes, cell, directions, recompute, backend, _ = inputs
-    ctx.states = 2 if BY_NAME[cell].has_c else 1
-    ctx.count, ctx.options = len(tensors), (cell, directions, recompute, backend)
+    tensors, batch_sizes, *options, _ = inputs
+    cell, cells = options[0], options[-1]
+    ctx.outputs = 2 + BY_NAME[cell].has_c + cells
+    ctx.count, ctx.options = len(tensors), options
     ctx.save_for_backward(batch_sizes, *tensors, *output)
-    ctx.mark_non_differentiable(*output[1 + ctx.states :])
+    ctx.mark_non_differentiable(*output[ctx.outputs :])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[0]
-    grads = grads[: 1 + ctx.states]
+    grads = grads[: ctx.outputs]
     batch_sizes, *rest = ctx.saved_tensors
     found: list[Tensor] = []
     if any(g is not None for g in grads):
@@ -278,7 +341,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             *ctx.options,
         )
     left = iter(found)
-    return ([next(left, None) if need else None for need in needs], *[None] * 6)
+    return ([next(left, None) if need else None for need in needs], *[None] * 10)
 
 
 layer_op.register_autograd(_backward, setup_context=_setup_context)
@@ -301,21 +364,36 @@ def run(
     rows: TracedRows,
     directions: int,
     recompute: bool,
+    extras: Extras | None,
     inputs: Saved,
     backend: Backend,
 ) -> Outputs:
     """One layer through the operators.
 
-    ``inputs`` and outputs as in :class:`fused_rnn.problem.Engine`, but x and out of a uniform batch
-    are [T, B, ...].
+    ``inputs`` and outputs as in :class:`fused_rnn.problem.Engine`, but rows of a uniform batch are
+    [T, B, ...].
     """
     tensors = _present(inputs)
     # An exported graph may serve inference or training: there backward runs forward once more,
     # so that inference need not save anything.
     save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
     save = save and any(t.requires_grad for t in tensors)
+    masks = [False] * len(Masks._fields)
+    if extras is not None:
+        masks = [t is not None for t in inputs[-len(masks) :]]
+    options = extras or Extras()
     out, h_n, *rest = layer_op(
-        tensors, rows.batch_sizes, cell, directions, recompute, backend, save
+        tensors,
+        rows.batch_sizes,
+        cell,
+        directions,
+        recompute,
+        backend,
+        masks,
+        options.zoneout,
+        options.clip,
+        options.cells,
+        save,
     )
     c_n = rest[0] if BY_NAME[cell].has_c else None
-    return Outputs(out, h_n, c_n)
+    return Outputs(out, h_n, c_n, rest[1] if options.cells else None)

@@ -25,24 +25,72 @@ class Weights(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """``out`` [N, D*R], ``h_n`` [D, B, R], ``c_n`` [D, B, H] or None."""
+    """``out`` [N, D*R], ``h_n`` [D, B, R], ``c_n`` [D, B, H] or None, ``c_seq`` [N, D*H] or None.
+
+    ``c_seq`` is c after every step, for a layer whose extras ask for it.
+    """
 
     out: Tensor
     h_n: Tensor
     c_n: Tensor | None
+    c_seq: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What torch.nn's layers lack, as far as it is not in :class:`Masks`.
+
+    Attributes:
+        zoned: whether a step keeps a part of the old state,
+        zoneout: how much, where no masks say it unit by unit.
+        clip: bound of the gradient that a step passes to the state before it, or None.
+        cells: whether c of all steps is an output.
+    """
+
+    zoned: bool = False
+    zoneout: float = 0.0
+    clip: float | None = None
+    cells: bool = False
+
+
+class Masks(NamedTuple):
+    """The tensors of a layer with :class:`Extras`, behind its parameters; each may be absent.
+
+    ``lengths`` int64 [B]: steps of each sequence of a uniform batch.
+    ``reset`` bool [N]: rows at which a new stretch begins, which knows nothing of the old one.
+    ``restart_h`` [D, R], ``restart_c`` [D, H]: the state that it begins with; absent for zeros.
+    ``zone_h`` bool [N, D*R], ``zone_c`` bool [N, D*H]: units that a step leaves as they are.
+    ``drop`` [D, B, R]: factors of h on its way into the recurrent product.
+    """
+
+    lengths: Tensor | None = None
+    reset: Tensor | None = None
+    restart_h: Tensor | None = None
+    restart_c: Tensor | None = None
+    zone_h: Tensor | None = None
+    zone_c: Tensor | None = None
+    drop: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
     """What a backend must know of a layer beside its tensors.
 
-    With ``recompute`` only the states are saved for backward, not the gates.
+    With ``recompute`` only the states are saved for backward, not the gates. ``extras`` is None for
+    what torch.nn's layers can do; else :class:`Masks` stand behind the parameters.
     """
 
     cell: Cell
     rows: Rows
     directions: int
     recompute: bool = False
+    extras: Extras | None = None
+
+    def masks(self, inputs: "Saved") -> Masks:
+        """The masks among ``inputs`` as in :class:`Engine`."""
+        if self.extras is None:
+            return Masks()
+        return Masks(*inputs[3 + self.directions * len(Weights._fields) :])
 
     def unflatten(self, flat: Sequence[Tensor | None]) -> Iterator[Weights]:
         """Group the parameters of all directions, as they pass through autograd, by direction."""
@@ -52,6 +100,7 @@ class Layer:
 
 
 Saved = tuple[Tensor | None, ...]
+OutputGrads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Grads = tuple[Tensor | None, ...]
 Specs = tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]  # shapes and types of `Saved`
 
@@ -59,7 +108,8 @@ Specs = tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]  # shapes and typ
 class Engine(Protocol):
     """An implementation of one layer with a hand-written backward.
 
-    ``inputs`` is ``(x [N, I], h0 [D, B, R], c0 [D, B, H] | None, *weights of each direction)``.
+    ``inputs`` is ``(x [N, I], h0 [D, B, R], c0 [D, B, H] | None, *weights of each direction)``,
+    and the :class:`Masks` behind them if the layer has extras.
     """
 
     def forward(self, layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
@@ -80,7 +130,7 @@ class Engine(Protocol):
         inputs: Saved,
         outputs: Outputs,
         saved: Saved,
-        grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+        grads: OutputGrads,
         needs: tuple[bool, ...],
     ) -> Grads:
         """Gradients of the inputs that ``needs`` marks (None for the others).

@@ -26,10 +26,11 @@ def suits(layer: Layer, device: torch.device, dtype: torch.dtype, projected: boo
     """Whether a layer without gradients runs here.
 
     16-bit types do not on a CPU, where the cells round every intermediate result, nor projections,
-    which they do not know.
+    extras and other cells, which PyTorch does not know.
     """
     wide = device.type == "cuda" or dtype in (torch.float32, torch.float64)
-    return layer.rows.T == 1 and wide and not projected
+    plain = not projected and layer.extras is None and layer.cell.name in _CELLS
+    return layer.rows.T == 1 and wide and plain
 
 
 def forward(layer: Layer, inputs: Saved) -> Outputs:

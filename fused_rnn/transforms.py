@@ -1,7 +1,7 @@
 """A layer under torch.func: vmap, grad, vjp, jvp and what is made of them.
 
 First-order gradients run on the engine. So does vmap where all share the parameters: it is a larger
-batch. Everything else runs in the eager loop, into which every transform can look.
+batch. Everything else, extras too, runs in the eager loop, into which every transform can look.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def run(layer: Layer, inputs: Saved, backend: Backend) -> Outputs:
     """One layer, be there transforms or not; ``inputs`` as in :class:`fused_rnn.problem.Engine`."""
     if not active():
         return autograd.run(layer, inputs, backend)
-    slow = forward_mode() or torch.compiler.is_compiling()
+    slow = forward_mode() or torch.compiler.is_compiling() or layer.extras is not None
     if slow or dispatch.choose_for(layer, inputs, backend).engine is None:
         return reference.run(layer, inputs)
     outputs = _Layer.apply(layer, backend, *inputs)
@@ -68,7 +68,7 @@ class _Layer(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        grads = (*grads, None)[:3]
+        grads = (*grads, None, None)[:4]
         layer, inputs = ctx.layer, ctx.saved_tensors
         with without_autocast(inputs[0].device):
             if forward_mode():
@@ -96,7 +96,7 @@ class _Layer(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """``apply(layer, backend, needs, dout, dh_n, dc_n, x, h0, c0, *weights)``.
+    """``apply(layer, backend, needs, *gradients of the 4 outputs, x, h0, c0, *weights)``.
 
     Returns the gradients of the inputs that ``needs`` marks.
     """
@@ -105,7 +105,7 @@ class _Gradients(torch.autograd.Function):
     def forward(
         layer: Layer, backend: Backend, needs: tuple[bool, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        grads, inputs = tensors[:3], tensors[3:]
+        grads, inputs = tensors[:4], tensors[4:]
         engine = dispatch.choose_for(layer, inputs, backend).engine
         assert engine is not None
         outputs, saved = engine.forward(layer, inputs, save=True)
@@ -141,7 +141,7 @@ class _Gradients(torch.autograd.Function):
 
 def _gradients(layer: Layer, needs: tuple[bool, ...]) -> Any:
     """What ``_Gradients`` computes of its tensors, by the eager loop."""
-    return lambda *tensors: _present(vjp(layer, tensors[3:], tensors[:3], needs))
+    return lambda *tensors: _present(vjp(layer, tensors[4:], tensors[:4], needs))
 
 
 def _present(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

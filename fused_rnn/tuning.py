@@ -135,7 +135,7 @@ def time_sweeps(plan: "Plan", request: Request, device: torch.device) -> float:
     how |= {"precision": request.precision, "plan": plan}
 
     def sweeps() -> None:
-        _, _, c_seq = forward_sweep(request.cell, gates, w, bias, h0, c0, out, save=True, **how)
+        c_seq = forward_sweep(request.cell, gates, w, bias, h0, c0, out, save=True, **how).c_seq
         saved = gates if spec.slots == 4 else None
         reverse_sweep(request.cell, saved, c_seq, out, w, h0, c0, dout, None, None, **how)
 

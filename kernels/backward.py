@@ -8,13 +8,23 @@ saved values alone, so they are formed one step ahead, beside the product:
     factors of step t - 1
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_rnn.kernels.cells import ADJOINTS, FACTORS
-from fused_rnn.kernels.forward import Rows
+from fused_rnn.kernels.cells import ADJOINTS, CELL_STATES, FACTORS
+from fused_rnn.kernels.extras import (
+    Extras,
+    clip_gradient,
+    load_kept,
+    load_lengths,
+    load_reset,
+    zeros_where_ragged,
+)
+from fused_rnn.kernels.forward import NONE, Rows
 from fused_rnn.kernels.group import LINE, arrive, launch, wait
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
@@ -111,6 +121,8 @@ def load_step(
     gates,
     states,
     initial,
+    reset,
+    restart,
     row,
     count,
     before_row,
@@ -124,6 +136,7 @@ def load_step(
     D: tl.constexpr,
     H: tl.constexpr,
     WORDS: tl.constexpr,
+    ZONED: tl.constexpr,
     u,
     m,
 ):
@@ -131,7 +144,7 @@ def load_step(
 
     A cell without saved gates (RNN) needs its output instead, and no state before it.
     """
-    if G == 1:
+    if G == 1 and not ZONED:
         x = tl.load(
             states + row.to(tl.int64) * (D * H) + state_at, mask=(u < H) & (seq < count), other=0.0
         )
@@ -142,9 +155,19 @@ def load_step(
             mask=(m < WORDS * H) & (seq < count),
             other=0,
         )
-        state = states + before_row.to(tl.int64) * (D * H) + state_at
-        at = tl.where(seq < before_count, state, initial + first_at)
-        before = tl.load(at, mask=(u < H) & (seq < B), other=0.0)
+        if G == 1:
+            before = x.to(tl.float32)
+        else:
+            state = states + before_row.to(tl.int64) * (D * H) + state_at
+            at = tl.where(seq < before_count, state, initial + first_at)
+            mask = (u < H) & (seq < B)
+            if reset is not None:
+                again = load_reset(reset, row, seq, seq < count)
+                if restart is None:
+                    mask = mask & (again == 0)
+                else:
+                    at = tl.where(again, restart + u, at)
+            before = tl.load(at, mask=mask, other=0.0)
     return x, before
 
 
@@ -161,6 +184,16 @@ def backward_kernel(
     dgates,  # [D, N, H, S]
     dh0,  # [D, B, H]
     dc0,
+    drestart_h,  # [D, B, H]
+    drestart_c,
+    lengths,  # the next eight: see extras.py
+    reset,
+    restart,  # of what `initial` is the first state
+    zone_h,
+    zone_c,
+    zoneout,
+    drop,
+    clip,
     offsets,  # [T + 1]
     counters,  # [batch tiles, D, 2, LINE]
     partials,  # [groups of a launch, 2, MEMBERS, MEMBERS, BLOCK_B, BLOCK_H] fp32
@@ -174,6 +207,7 @@ def backward_kernel(
     reverse,  # bit d: direction d ran from the last step to the first
     FACTORS: tl.constexpr,
     ADJOINT: tl.constexpr,
+    CELL_STATE: tl.constexpr,
     G: tl.constexpr,
     STATES: tl.constexpr,
     D: tl.constexpr,
@@ -194,13 +228,17 @@ def backward_kernel(
     WORDS: tl.constexpr = words(S, MEMBERS, dtype)
     FIRST: tl.constexpr = 2 if G > 1 else 1
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    PACKED: tl.constexpr = offsets is not None
+    RAGGED: tl.constexpr = (offsets is not None) or (lengths is not None)
+    ZONED: tl.constexpr = (zone_h is not None) or (zoneout is not None)
     member = tl.program_id(0)
     direction = first_direction + tl.program_id(2)
     d = direction.to(tl.int64)
     batch_tile = first_tile + tl.program_id(1)
     b0 = batch_tile * BLOCK_B
-    steps = tile_steps(offsets, b0, T, PACKED)
+    b = tl.arange(0, BLOCK_B)[None, :]
+    seq = b0 + b
+    length = load_lengths(lengths, seq, B)
+    steps = tile_steps(offsets, length, b0, T)
     backwards = ((reverse >> direction) & 1) != 0
     t = tl.where(backwards, 0, steps - 1)
     dt = tl.where(backwards, 1, -1)
@@ -213,8 +251,6 @@ def backward_kernel(
     u0 = member * BLOCK_H
     u = u0 + tl.arange(0, BLOCK_H)[:, None]
     m = u0 * WORDS + tl.arange(0, WORDS * BLOCK_H)[:, None]
-    b = tl.arange(0, BLOCK_B)[None, :]
-    seq = b0 + b
     gate_at = b * (WORDS * H) + m
     state_at = b * (D * H) + u
     first_at = b * H + u
@@ -226,9 +262,14 @@ def backward_kernel(
         dgates = dgates.to(tl.pointer_type(tl.int64))
     dgates += (d * N + b0) * (WORDS * H)
     states += column
-    if G > 1:
+    if G > 1 or ZONED:
         gates += (d * N + b0) * (WORDS * H)
+    if G > 1:
         initial += first_row
+    if reset is not None:
+        reset += d * N
+    if restart is not None:
+        restart += d * H
     if dout is not None:
         dout += column
     if dc_seq is not None:
@@ -275,13 +316,24 @@ def backward_kernel(
     if dc_n is not None:
         dc += tl.load(dc_n + first_row + first_at, mask=mine, other=0.0).to(tl.float32)
 
-    row, count = step_rows(offsets, t, T, B, PACKED)
-    next_row, next_count = step_rows(offsets, t + dt, T, B, PACKED)
+    restarted_dh = none
+    restarted_dc = none
+    dropped = none
+    if drop is not None:
+        dropped = tl.load(drop + first_row + first_at, mask=mine, other=0.0).to(tl.float32)
+        dropped = pin(dropped, dh, zero)
+
+    row, count = step_rows(offsets, length, t, T, B)
+    next_row, next_count = step_rows(offsets, length, t + dt, T, B)
     here = (u < H) & (seq < count)
     x, before = load_step(
-        gates, states, initial, row, count, next_row, next_count, gate_at, state_at, first_at, seq,
-        B, G, D, H, WORDS, u, m,
+        gates, states, initial, reset, restart, row, count, next_row, next_count, gate_at, state_at,
+        first_at, seq, B, G, D, H, WORDS, ZONED, u, m,
     )  # fmt: skip
+    if ZONED:
+        at = row.to(tl.int64) * (D * H) + column + state_at
+        kept = load_kept(zone_h, zoneout, at, here)
+        kept_c = load_kept(zone_c, zoneout, at, here) if STATES == 2 else kept
     if dout is not None:
         dh += tl.load(dout + row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0).to(
             tl.float32
@@ -296,20 +348,38 @@ def backward_kernel(
             )
     before = pin(before, dh, zero)
     saved = unpack(pin(from_memory(x, dtype, S, BLOCK_H, BLOCK_B), dh, zero), S)
+    if ZONED and STATES == 2:
+        now = CELL_STATE(saved, before)
     factors = FACTORS(saved, now, before, FAST)
     for step in range(steps):
-        after_row, after_count = step_rows(offsets, t + 2 * dt, T, B, PACKED)
+        after_row, after_count = step_rows(offsets, length, t + 2 * dt, T, B)
         x, earlier = load_step(
-            gates, states, initial, next_row, next_count, after_row, after_count, gate_at, state_at,
-            first_at, seq, B, G, D, H, WORDS, u, m,
+            gates, states, initial, reset, restart, next_row, next_count, after_row, after_count,
+            gate_at, state_at, first_at, seq, B, G, D, H, WORDS, ZONED, u, m,
         )  # fmt: skip
         here = (u < H) & (seq < next_count)
+        if reset is not None:
+            again = load_reset(reset, row, seq, seq < count)
+            if STATES == 2 and not ZONED:  # a new stretch has not begun with c of the step before
+                ended = tl.load(
+                    states + next_row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0
+                )
         if dout is not None:
             gh = tl.load(dout + next_row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0)
         if dc_seq is not None:
             gc = tl.load(dc_seq + next_row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0)
 
-        slots, direct, new_dc = ADJOINT(factors, dh, dc, none)
+        if ZONED:
+            at = next_row.to(tl.int64) * (D * H) + column + state_at
+            next_kept = load_kept(zone_h, zoneout, at, here)
+            next_kept_c = load_kept(zone_c, zoneout, at, here) if STATES == 2 else next_kept
+            slots, direct, new_dc = ADJOINT(factors, dh - kept * dh, dc - kept_c * dc, none)
+            direct += kept * dh
+            new_dc += kept_c * dc
+            kept = next_kept
+            kept_c = next_kept_c
+        else:
+            slots, direct, new_dc = ADJOINT(factors, dh, dc, none)
         first, last = operands(slots, dtype, G, BLOCK_H, BLOCK_B)
         if MEMBERS > 1:
             parity = (step % 2) * (MEMBERS * PART)
@@ -336,9 +406,12 @@ def backward_kernel(
             arrive(counters, step)
         else:
             # Two accumulators: half as long a chain of dependent instructions.
-            new_dh = through_weights(ws[0], first, direct, MS, PRECISION)
+            init = direct if drop is None else none
+            new_dh = through_weights(ws[0], first, init, MS, PRECISION)
             if G > 1:
                 new_dh += through_weights(ws_last[0], last, none, MS, PRECISION)
+            if drop is not None:
+                new_dh = direct + dropped * new_dh
         y = to_memory(slots, dtype, WORDS, BLOCK_H, BLOCK_B)
         tl.store(
             dgates + row.to(tl.int64) * (WORDS * H) + gate_at,
@@ -349,15 +422,30 @@ def backward_kernel(
         # In a group, only sums of partials reach dh: its layout is then not that of a product.
         ref = slots[0] if MEMBERS == 1 else dh
         now = before
+        if reset is not None and STATES == 2 and not ZONED:
+            now = pin(ended, ref, zero)
         before = pin(earlier, ref, zero)
         saved = unpack(pin(from_memory(x, dtype, S, BLOCK_H, BLOCK_B), ref, zero), S)
+        if ZONED and STATES == 2:
+            now = CELL_STATE(saved, before)
         factors = FACTORS(saved, now, before, FAST)
         if MEMBERS > 1:
             wait(counters, step, MEMBERS)
-            new_dh = direct + sum_partials(
+            new_dh = sum_partials(
                 partials + parity + member * PART, u0, MEMBERS, TOGETHER, H, BLOCK_H, BLOCK_B
             )
-        if PACKED:
+            if drop is not None:
+                new_dh = dropped * new_dh
+            new_dh = direct + new_dh
+        new_dh = clip_gradient(new_dh, clip)
+        new_dc = clip_gradient(new_dc, clip)
+        if reset is not None:
+            if drestart_h is not None:
+                restarted_dh += tl.where(again, new_dh, 0.0)
+                restarted_dc += tl.where(again, new_dc, 0.0)
+            new_dh = tl.where(again, 0.0, new_dh)
+            new_dc = tl.where(again, 0.0, new_dc)
+        if RAGGED:
             running = seq < count
             new_dh = tl.where(running, new_dh, dh)
             new_dc = tl.where(running, new_dc, dc)
@@ -373,6 +461,28 @@ def backward_kernel(
     tl.store(dh0 + first_row + first_at, dh.to(dh0.dtype.element_ty), mask=mine)
     if STATES == 2:
         tl.store(dc0 + first_row + first_at, dc.to(dc0.dtype.element_ty), mask=mine)
+    if drestart_h is not None:
+        tl.store(drestart_h + first_row + first_at, restarted_dh, mask=mine)
+        if STATES == 2:
+            tl.store(drestart_c + first_row + first_at, restarted_dc, mask=mine)
+
+
+class Gradients(NamedTuple):
+    """What a reverse sweep finds; all but dgates in fp32.
+
+    Attributes:
+        dgates: [D, N, H, S] in the dtype of the weights, GRU's slots (dr, dz, dn, r dn).
+        dh0: [D, B, H].
+        dc0: [D, B, H], LSTM only.
+        drestart_h: [D, B, H], with a restart state.
+        drestart_c: [D, B, H], LSTM only.
+    """
+
+    dgates: Tensor
+    dh0: Tensor
+    dc0: Tensor | None
+    drestart_h: Tensor | None
+    drestart_c: Tensor | None
 
 
 def plan_constants(plan: Plan) -> dict[str, int]:
@@ -399,12 +509,13 @@ def reverse_sweep(
     reverse: tuple[bool, ...],
     precision: str,
     plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    extras: Extras = NONE,
+) -> Gradients:
     """Back-propagate through the recurrence of one layer. Nothing that was saved is modified.
 
     Args:
         cell: a key of `plan.SPECS`.
-        gates: what `forward_sweep` left in its gates; None for RNN.
+        gates: what `forward_sweep` left in its gates; None for RNN without zoneout.
         c_seq: c after every step [N, D * H], LSTM only.
         out: [N, D * H].
         weight_hh: as in `forward_sweep`.
@@ -418,18 +529,20 @@ def reverse_sweep(
         reverse: per direction.
         precision: "ieee" or "tf32".
         plan: see `plan.make_plan`.
-
-    Returns:
-        dgates [D, N, H, S] in the dtype of weight_hh, GRU's slots (dr, dz, dn, r dn); dh0 and dc0
-        [D, B, H] in fp32, dc0 for LSTM only.
+        extras: of the forward sweep.
     """
     spec = SPECS[cell]
     D, _, H = weight_hh.shape
     N = out.shape[0]
     states, initial = (c_seq, c0) if spec.states == 2 else (out, h0)
-    dgates = torch.empty(D, N, H, spec.slots, dtype=weight_hh.dtype, device=out.device)
+    dgates = zeros_where_ragged(extras, D, N, H, spec.slots, dtype=weight_hh.dtype, like=out)
     dh0 = torch.empty(D, rows.B, H, dtype=torch.float32, device=out.device)
     dc0 = torch.empty_like(dh0) if spec.states == 2 else None
+    drestart_h = drestart_c = None
+    if extras.reset is not None and extras.restart_h is not None:
+        drestart_h = torch.empty_like(dh0)
+        drestart_c = None if dc0 is None else torch.empty_like(dc0)
+    restart = extras.restart_c if spec.states == 2 else extras.restart_h
     partials = None
     if plan.members > 1:
         groups = max(tiles * directions for _, tiles, _, directions in plan.launches(rows.B, D))
@@ -441,7 +554,7 @@ def reverse_sweep(
         rows.B,
         D,
         out.device,
-        gates=gates if spec.slots == 4 else None,
+        gates=gates if spec.slots == 4 or extras.zoned else None,
         w=weight_hh,
         states=states,
         initial=initial.to(states.dtype) if spec.slots == 4 else None,
@@ -452,6 +565,11 @@ def reverse_sweep(
         dgates=dgates,
         dh0=dh0,
         dc0=dc0,
+        drestart_h=drestart_h,
+        drestart_c=drestart_c,
+        restart=restart.to(states.dtype) if spec.slots == 4 and restart is not None else None,
+        clip=extras.clip,
+        **extras.shared_arguments(),
         offsets=rows.offsets,
         partials=partials,
         scale=1.0,
@@ -461,10 +579,11 @@ def reverse_sweep(
         reverse=sum(1 << d for d, r in enumerate(reverse) if r),
         FACTORS=FACTORS[cell],
         ADJOINT=ADJOINTS[cell],
+        CELL_STATE=CELL_STATES.get(cell),
         G=spec.gates,
         STATES=spec.states,
         H=H,
         PRECISION=precision,
         **plan_constants(plan),
     )
-    return dgates, dh0, dc0
+    return Gradients(dgates, dh0, dc0, drestart_h, drestart_c)

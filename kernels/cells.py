@@ -9,8 +9,9 @@ A cell is three functions:
     factors(saved, now, before, FAST) -> tuple
         The step is linear in the gradients (dh, dc). These are its coefficients: they depend on
         saved values only, so the reverse sweep forms them while the tensor cores are busy.
-        now and before are the state after and before the step: c if there is one, else h. RNN
-        saves nothing but its output and gets that as its one saved tile.
+        before is the state before the step: c if there is one, else h. now is c after it, and
+        meaningless in a cell without c. RNN saves nothing but its output and gets that as its one
+        saved tile.
     adjoint(factors, dh, dc, none) -> (slots, dh, dc)
         slots: gradients of the S gates; those that belong to a row of the recurrent weights go
         through the product. dh, dc: what reaches the step before without passing the product
@@ -86,6 +87,12 @@ def lstm_step(pre, state, FAST: tl.constexpr):
 
 
 @triton.jit
+def lstm_cell_state(saved, before):
+    """What a step makes of c, before zoneout takes part of it back."""
+    return saved[1] * before + saved[0] * saved[2]
+
+
+@triton.jit
 def lstm_factors(saved, now, before, FAST: tl.constexpr):
     i, f, g, o = saved
     y = tanh(now, FAST)
@@ -113,6 +120,7 @@ FACTORS = {
     "gru": gru_factors,
     "lstm": lstm_factors,
 }
+CELL_STATES = {"lstm": lstm_cell_state}  # c after a step, from what it saved and c before
 ADJOINTS = {
     "rnn_tanh": rnn_adjoint,
     "rnn_relu": rnn_adjoint,

@@ -8,6 +8,7 @@ one product to the next:
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,6 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_rnn.kernels.cells import STEPS
+from fused_rnn.kernels.extras import (
+    Extras,
+    keep,
+    load_kept,
+    load_lengths,
+    load_reset,
+    load_restart,
+    zeros_where_ragged,
+)
 from fused_rnn.kernels.group import LINE, arrive, launch, wait
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
@@ -73,6 +83,15 @@ def forward_kernel(
     h_n,  # [D, B, H]
     c_n,
     c_seq,  # [N, D * H]
+    fed,  # [N, D * H]: the product's operand, where that is not h of the step before
+    lengths,  # the next eight: see extras.py
+    reset,
+    restart_h,
+    restart_c,
+    zone_h,
+    zone_c,
+    zoneout,
+    drop,
     offsets,  # [T + 1]
     counters,  # [batch tiles, D, 2, LINE]
     scale,  # 1.0
@@ -104,13 +123,23 @@ def forward_kernel(
     WORDS: tl.constexpr = words(S, MEMBERS, dtype)
     FIRST: tl.constexpr = 2 if G > 1 else 1
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    PACKED: tl.constexpr = offsets is not None
+    RAGGED: tl.constexpr = (offsets is not None) or (lengths is not None)
+    ZONED: tl.constexpr = (zone_h is not None) or (zoneout is not None)
+    # Whether the product takes something else than the h that is put out. So it does in a ragged
+    # group: one place to read from for all, be it h0 or h, costs less than a choice.
+    FEEDS: tl.constexpr = (
+        (reset is not None) or (drop is not None) or (fed is not None and MEMBERS > 1)
+    )
+    FED_BEFORE: tl.constexpr = 1 if FEEDS else 0  # a barrier stands before the first step
     member = tl.program_id(0)
     direction = first_direction + tl.program_id(2)
     d = direction.to(tl.int64)
     batch_tile = first_tile + tl.program_id(1)
     b0 = batch_tile * BLOCK_B
-    steps = tile_steps(offsets, b0, T, PACKED)
+    b = tl.arange(0, BLOCK_B)[None, :]
+    seq = b0 + b
+    length = load_lengths(lengths, seq, B)
+    steps = tile_steps(offsets, length, b0, T)
     backwards = ((reverse >> direction) & 1) != 0
     t = tl.where(backwards, steps - 1, 0)
     dt = tl.where(backwards, -1, 1)
@@ -120,8 +149,6 @@ def forward_kernel(
     u0 = member * BLOCK_H
     u = u0 + tl.arange(0, BLOCK_H)[:, None]
     m = u0 * WORDS + tl.arange(0, WORDS * BLOCK_H)[:, None]
-    b = tl.arange(0, BLOCK_B)[None, :]
-    seq = b0 + b
     if WORDS < S:
         gates = gates.to(tl.pointer_type(tl.int64))
     gate_at = b * (WORDS * H) + m
@@ -136,23 +163,53 @@ def forward_kernel(
     state = (h,)
     if STATES == 2:
         state = (h, tl.load(c0 + first_row + first_at, mask=mine, other=0.0).to(tl.float32))
+    row, count = step_rows(offsets, length, t, T, B)
+    if ZONED:
+        at = row.to(tl.int64) * (D * H) + column + state_at
+        kept = load_kept(zone_h, zoneout, at, (u < H) & (seq < count))
+        if STATES == 2:
+            kept_c = load_kept(zone_c, zoneout, at, (u < H) & (seq < count))
+    if reset is not None:
+        reset += d * N
+        again = load_reset(reset, row, seq, seq < count)
+        restart = load_restart(restart_h if restart_h is None else restart_h + d * H, u, H)
+        if STATES == 2:
+            restarts = load_restart(restart_c if restart_c is None else restart_c + d * H, u, H)
+            state = (tl.where(again, restart, state[0]), tl.where(again, restarts, state[1]))
+        else:
+            state = (tl.where(again, restart, state[0]),)
+    h = state[0]
+    if drop is not None:
+        dropped = tl.load(drop + first_row + first_at, mask=mine, other=0.0).to(tl.float32)
+        h = h * dropped
+    h = h.to(dtype)
+    if fed is not None:
+        fed += column
+        at = fed + row.to(tl.int64) * (D * H) + state_at
+        tl.store(at, h, mask=(u < H) & (seq < count))
     if G == 3:
         hidden = tl.load(bias + d * H + m // WORDS, mask=m < WORDS * H, other=0.0).to(dtype)
 
     w += d * (G * H * H)
     h_at = h0 + first_row + b * H
+    present = seq < B
+    if FEEDS and MEMBERS > 1:
+        arrive(counters, 0)
+        wait(counters, 0, MEMBERS)
+        h_at = fed + row.to(tl.int64) * (D * H) + b * (D * H)
+        present = seq < count
     if STREAM:
         ws = ()
         ws_last = ()
-        first = stream_product(w, h_at, seq < B, u0, 0, FIRST, H, BLOCK_H, BLOCK_K, PRECISION)
+        first = stream_product(w, h_at, present, u0, 0, FIRST, H, BLOCK_H, BLOCK_K, PRECISION)
         last = first
         if G > 1:
-            last = stream_product(w, h_at, seq < B, u0, 2, G - 2, H, BLOCK_H, BLOCK_K, PRECISION)
+            last = stream_product(w, h_at, present, u0, 2, G - 2, H, BLOCK_H, BLOCK_K, PRECISION)
     else:
         if MEMBERS > 1:
-            hs = load_h(h_at, seq < B, H, BLOCK_K, CHUNKS)
+            hs = load_h(h_at, present, H, BLOCK_K, CHUNKS)
         else:
-            hs = (h.to(dtype),)
+            hs = (h,)
         ws, first = first_products(
             w, scale, u0, hs, 0, FIRST, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
         )
@@ -163,8 +220,7 @@ def forward_kernel(
                 w, scale, u0, hs, 2, G - 2, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
             )
 
-    row, count = step_rows(offsets, t, T, B, PACKED)
-    next_row, next_count = step_rows(offsets, t + dt, T, B, PACKED)
+    next_row, next_count = step_rows(offsets, length, t + dt, T, B)
     x = tl.load(
         gates + row.to(tl.int64) * (WORDS * H) + gate_at,
         mask=(m < WORDS * H) & (seq < count),
@@ -180,9 +236,26 @@ def forward_kernel(
             mask=(m < WORDS * H) & (seq < next_count),
             other=0,
         )
-        after_row, after_count = step_rows(offsets, t + 2 * dt, T, B, PACKED)
+        after_row, after_count = step_rows(offsets, length, t + 2 * dt, T, B)
         saved, new = STEP(unpack(acc, S), state, FAST)
-        if PACKED:
+        if ZONED:
+            if STATES == 2:
+                new = (keep(new[0], state[0], kept), keep(new[1], state[1], kept_c))
+                kept_c = load_kept(
+                    zone_c,
+                    zoneout,
+                    next_row.to(tl.int64) * (D * H) + column + state_at,
+                    (u < H) & (seq < next_count),
+                )
+            else:
+                new = (keep(new[0], state[0], kept),)
+            kept = load_kept(
+                zone_h,
+                zoneout,
+                next_row.to(tl.int64) * (D * H) + column + state_at,
+                (u < H) & (seq < next_count),
+            )
+        if RAGGED:
             running = seq < count
             if STATES == 2:
                 state = (tl.where(running, new[0], state[0]), tl.where(running, new[1], state[1]))
@@ -194,21 +267,39 @@ def forward_kernel(
         hw = state[0].to(dtype)
         stored = (u < H) & (seq < count)
         out_at = out + (row.to(tl.int64) * (D * H) + column)
+        c = state[STATES - 1]
+        operand = hw
+        if FEEDS:
+            if reset is not None:
+                again = load_reset(reset, next_row, seq, seq < next_count)
+                if STATES == 2:
+                    state = (tl.where(again, restart, state[0]), tl.where(again, restarts, c))
+                else:
+                    state = (tl.where(again, restart, state[0]),)
+            operand = state[0]
+            if drop is not None:
+                operand = operand * dropped
+            operand = operand.to(dtype)
+        if fed is not None:
+            fed_at = fed + next_row.to(tl.int64) * (D * H) + state_at
+            tl.store(fed_at, operand, mask=(u < H) & (seq < next_count))
         if MEMBERS > 1:
             # What the others wait for comes first; the rest is stored while they read it.
-            tl.store(out_at + state_at, hw, mask=stored)
-            arrive(counters, step)
+            if FEEDS:
+                arrive(counters, step + FED_BEFORE)
+                tl.store(out_at + state_at, hw, mask=stored)
+            else:
+                tl.store(out_at + state_at, hw, mask=stored)
+                arrive(counters, step)
         else:
-            hs = (hw,)
+            hs = (operand,)
             first = add_products(ws, hs, None, KS, MS, PRECISION)
             if G > 1:
                 last = add_products(ws_last, hs, None, KS, MS, PRECISION)
             tl.store(out_at + state_at, hw, mask=stored)
-        if SAVE and STATES == 2:
-            tl.store(
-                c_seq + (row.to(tl.int64) * (D * H) + column) + state_at, state[1], mask=stored
-            )
-        if SAVE and S == 4:
+        if c_seq is not None:
+            tl.store(c_seq + (row.to(tl.int64) * (D * H) + column) + state_at, c, mask=stored)
+        if SAVE and (S == 4 or ZONED):
             y = to_memory(saved, dtype, WORDS, BLOCK_H, BLOCK_B)
             tl.store(
                 gates + row.to(tl.int64) * (WORDS * H) + gate_at,
@@ -219,20 +310,23 @@ def forward_kernel(
         if G == 3:
             x = put_hidden(x, hidden, m, WORDS)
         if MEMBERS > 1:
-            wait(counters, step, MEMBERS)
-            h_at = out_at + b * (D * H)
-            if PACKED:  # sequences that are taken up later have h0 before their first step
-                h_at = tl.where(seq < count, h_at, h0 + first_row + b * H)
+            wait(counters, step + FED_BEFORE, MEMBERS)
+            if FEEDS:
+                h_at = fed + next_row.to(tl.int64) * (D * H) + b * (D * H)
+                present = seq < next_count
+            else:
+                h_at = out_at + b * (D * H)
+                present = seq < B
             if STREAM:
                 first = stream_product(
-                    w, h_at, seq < B, u0, 0, FIRST, H, BLOCK_H, BLOCK_K, PRECISION
+                    w, h_at, present, u0, 0, FIRST, H, BLOCK_H, BLOCK_K, PRECISION
                 )
                 if G > 1:
                     last = stream_product(
-                        w, h_at, seq < B, u0, 2, G - 2, H, BLOCK_H, BLOCK_K, PRECISION
+                        w, h_at, present, u0, 2, G - 2, H, BLOCK_H, BLOCK_K, PRECISION
                     )
             else:
-                hs = load_h(h_at, seq < B, H, BLOCK_K, CHUNKS)
+                hs = load_h(h_at, present, H, BLOCK_K, CHUNKS)
                 first = add_products(ws, hs, None, KS, MS, PRECISION)
                 if G > 1:
                     last = add_products(ws_last, hs, None, KS, MS, PRECISION)
@@ -244,6 +338,25 @@ def forward_kernel(
     tl.store(h_n + first_row + first_at, state[0].to(h_n.dtype.element_ty), mask=mine)
     if STATES == 2:
         tl.store(c_n + first_row + first_at, state[1].to(c_n.dtype.element_ty), mask=mine)
+
+
+NONE = Extras()
+
+
+class Swept(NamedTuple):
+    """What a forward sweep returns beside what it overwrites.
+
+    Attributes:
+        h_n: [D, B, H] in the dtype of out.
+        c_n: [D, B, H] in fp32, LSTM only.
+        c_seq: c after every step [N, D * H] in fp32, if it was saved or wanted.
+        fed: what the recurrent product of each step took [N, D * H], if that is not h0 or out.
+    """
+
+    h_n: Tensor
+    c_n: Tensor | None
+    c_seq: Tensor | None
+    fed: Tensor | None
 
 
 def plan_constants(plan: Plan) -> dict[str, int]:
@@ -265,7 +378,9 @@ def forward_sweep(
     save: bool,
     precision: str,
     plan: Plan,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    extras: Extras = NONE,
+    cells: bool = False,
+) -> Swept:
     """Run the recurrence of one layer.
 
     Args:
@@ -284,19 +399,22 @@ def forward_sweep(
         save: whether a reverse sweep will follow.
         precision: "ieee" or "tf32", for fp32 products.
         plan: see `plan.make_plan`.
-
-    Returns:
-        h_n [D, B, H] in the dtype of out; c_n [D, B, H] and, with save, c after every step
-        [N, D * H], both fp32 and for LSTM only.
+        extras: see there.
+        cells: whether c of all steps is wanted without save, too.
     """
     spec = SPECS[cell]
     D, N, H, _ = gates.shape
     h_n = torch.empty(D, rows.B, H, dtype=out.dtype, device=out.device)
-    c_n = c_seq = None
+    c_n = c_seq = fed = None
     if spec.states == 2:
         c_n = torch.empty(D, rows.B, H, dtype=torch.float32, device=out.device)
-        if save:
-            c_seq = torch.empty(N, D * H, dtype=torch.float32, device=out.device)
+        if save or cells:
+            c_seq = zeros_where_ragged(extras, N, D * H, dtype=torch.float32, like=out)
+    group = plan.members > 1
+    if (extras.feeds and (save or group)) or (rows.offsets is not None and group):
+        fed = zeros_where_ragged(extras, N, D * H, dtype=out.dtype, like=out)
+    if extras.lengths is not None:
+        out.zero_()
     launch(
         forward_kernel,
         plan,
@@ -312,6 +430,10 @@ def forward_sweep(
         h_n=h_n,
         c_n=c_n,
         c_seq=c_seq,
+        fed=fed,
+        restart_h=extras.restart_h,
+        restart_c=extras.restart_c,
+        **extras.shared_arguments(),
         offsets=rows.offsets,
         scale=1.0,
         T=rows.T,
@@ -325,4 +447,4 @@ def forward_sweep(
         PRECISION=precision,
         **plan_constants(plan),
     )
-    return h_n, c_n, c_seq
+    return Swept(h_n, c_n, c_seq, fed)

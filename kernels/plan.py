@@ -94,7 +94,13 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What the plan has to know of a cell: gates with recurrent weights, slots, states."""
+    """What the plan has to know of a cell.
+
+    Attributes:
+        gates: of the recurrent product, 1, 3 or 4.
+        slots: of a unit in the gate buffer, 1 or 4.
+        states: 1, or 2 with c.
+    """
 
     gates: int
     slots: int
@@ -245,6 +251,8 @@ def plans(
     Raises:
         DoesNotFit: if none does, with the reason.
     """
+    if cell not in SPECS:
+        raise DoesNotFit(f"there are no kernels for {cell}")
     ieee = itemsize == 4 and precision == "ieee"
     case = _Case(cell, H, itemsize, B, D, limits, ieee, fast)
     found: list[Plan] = []

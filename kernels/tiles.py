@@ -106,27 +106,34 @@ def pin(x, ref, zero):
 
 
 @triton.jit
-def step_rows(offsets, t, T, B, PACKED: tl.constexpr):
+def step_rows(offsets, length, t, T, B):
     """First row of step t, and how many sequences are running; none outside the sweep.
 
-    A row fits 32 bits, which spares registers; what is multiplied by it does not.
+    With `length` [1, BLOCK_B] the count is a tile: of all sequences for one that is running, else
+    0, so that `seq < count` is right in any case. A row fits 32 bits, which spares registers; what
+    is multiplied by it does not.
     """
     inside = (t >= 0) & (t < T)
-    if PACKED:
+    if offsets is not None:
         start = tl.load(offsets + t, mask=inside, other=0).to(tl.int32)
         stop = tl.load(offsets + t + 1, mask=inside, other=0).to(tl.int32)
         count = stop - start
     else:
         start = t * B
+        if length is not None:
+            inside = inside & (t < length)
         count = tl.where(inside, B, 0)
     return start, count
 
 
 @triton.jit
-def tile_steps(offsets, b, T, PACKED: tl.constexpr):
-    """Steps in which sequence b is running: all that a tile with b as its longest has to do."""
+def tile_steps(offsets, length, b, T):
+    """Steps in which any sequence of the tile is running; sequence b is its first one.
+
+    In a packed batch that is also its longest.
+    """
     steps = T
-    if PACKED:
+    if offsets is not None:
         low = T * 0
         while low < steps:  # batch sizes fall, so a binary search finds the first step without b
             mid = (low + steps) // 2
@@ -135,4 +142,6 @@ def tile_steps(offsets, b, T, PACKED: tl.constexpr):
                 low = mid + 1
             else:
                 steps = mid
+    elif length is not None:
+        steps = tl.minimum(tl.max(length), T)
     return steps

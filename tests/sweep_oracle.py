@@ -140,7 +140,7 @@ def check_sweeps(p: Problem, plan, precision, use_c_seq, saves=(False, True)):
         gates = p.to(p.slots(p.gx))
         before = gates.clone()
         out = torch.full((p.rows.N, D * p.H), torch.nan, dtype=p.dtype)
-        h_n, c_n, c_seq = forward.forward_sweep(
+        h_n, c_n, c_seq, _ = forward.forward_sweep(
             p.name, gates, w, bias, h0, c0, out, save=save, **how
         )
         if not save:
@@ -154,7 +154,7 @@ def check_sweeps(p: Problem, plan, precision, use_c_seq, saves=(False, True)):
     d, gradients = p.gradients(use_c_seq)
     saved = [None if x is None else x.clone() for x in (gates, c_seq, out)]
     d = [p.to(x) for x in d] + [None] * 2
-    dgates, dh0, dc0 = backward.reverse_sweep(
+    dgates, dh0, dc0, *_ = backward.reverse_sweep(
         p.name, gates, c_seq, out, w, h0, c0, d[0], d[1], d[2], d[3] if use_c_seq else None, **how
     )
     got |= {"dgates": dgates, "dh0": dh0} | ({"dc0": dc0} if p.cell.has_c else {})

@@ -212,7 +212,13 @@ def test_errors_pass_through() -> None:
 
 
 def arguments(
-    cell: str, backend: Backend, packed: bool, directions: int, save: bool, device: str
+    cell: str,
+    backend: Backend,
+    packed: bool,
+    directions: int,
+    save: bool,
+    device: str,
+    extras: bool = False,
 ) -> tuple[Any, ...]:
     """Of :func:`fused_rnn.ops.layer_op`, without biases where ``packed``."""
     T, B, I, H, G = 3, 2, 3, 4, BY_NAME[cell].gates
@@ -221,7 +227,22 @@ def arguments(
     shapes += [(directions, B, H)] if BY_NAME[cell].has_c else []
     shapes += ([(G * H, I), (G * H, H)] + ([] if packed else [(G * H,), (G * H,)])) * directions
     inputs = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
-    return inputs, sizes, cell, directions, packed, backend, save
+    if not extras:
+        return inputs, sizes, cell, directions, packed, backend, [False] * 7, 0.0, None, False, save
+    has_c, steps = BY_NAME[cell].has_c, (5,) if packed else (T, B)
+    zones = [torch.rand(*steps, directions * H) < 0.3 for _ in range(2)]
+    masks = [
+        None if packed else torch.tensor([1, 3]),
+        torch.rand(steps) < 0.3,
+        torch.randn(directions, H, requires_grad=True),
+        torch.randn(directions, H, requires_grad=True) if has_c else None,
+        zones[0],
+        zones[1] if has_c else None,
+        torch.rand(directions, B, H),
+    ]
+    inputs += [m.to(device) for m in masks if m is not None]
+    given = [m is not None for m in masks]
+    return inputs, sizes, cell, directions, packed, backend, given, 0.0, 0.5, has_c, save
 
 
 @pytest.mark.parametrize(
@@ -235,16 +256,20 @@ def test_operators(cell: str, packed: bool, directions: int, save: bool) -> None
     check_backward(inputs, options, ["test_schema", "test_faketensor"])
 
 
-def test_operators_of_the_eager_loop() -> None:
+@pytest.mark.parametrize(("cell", "extras"), [("gru", False), ("lstm", True)])
+def test_operators_of_the_eager_loop(cell: str, extras: bool) -> None:
     """Without the checks that look into storages, which tensors under torch.func have not."""
-    inputs, *options = arguments("gru", "eager", True, 2, True, "cpu")
+    inputs, *options = arguments(cell, "eager", not extras, 2, True, "cpu", extras)
     torch.library.opcheck(ops.layer_op, (inputs, *options))
     check_backward(inputs, options, ["test_autograd_registration"])
 
 
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "extras"])
 @pytest.mark.parametrize(("cell", "packed"), [("rnn_relu", False), ("gru", True), ("lstm", False)])
-def test_operators_of_the_kernels(cell: str, packed: bool, triton_device: str) -> None:
-    inputs, *options = arguments(cell, "triton", packed, 1, True, triton_device)
+def test_operators_of_the_kernels(
+    cell: str, packed: bool, extras: bool, triton_device: str
+) -> None:
+    inputs, *options = arguments(cell, "triton", packed, 1, True, triton_device, extras)
     checks = ["test_schema", "test_faketensor"]
     torch.library.opcheck(ops.layer_op, (inputs, *options), test_utils=checks)
     check_backward(inputs, options, checks)
@@ -255,7 +280,7 @@ def check_backward(inputs: list[Tensor], options: list[Any], checks: list[str]) 
     plain = [t.detach() for t in inputs]
     results = ops.layer_op(plain, *options)
     grads = [torch.randn_like(results[0]), torch.randn_like(results[1])]
-    given = [True, True, False] if BY_NAME[options[1]].has_c else [True, True]
-    needs = [k != 1 for k in range(len(plain))]
+    given = [True, True, *[False] * (BY_NAME[options[1]].has_c + options[-2])]
+    needs = [k != 1 and t.requires_grad for k, t in enumerate(inputs)]
     arguments = (grads, given, plain, results, needs, *options[:-1])
     torch.library.opcheck(ops.layer_backward_op, arguments, test_utils=checks)

@@ -129,6 +129,32 @@ def test_budget(cell, tmp_path):
         check(row)
 
 
+EXTRAS_SPILL = 72  # bytes, all extras at once: no plan reckons with what they need
+
+
+def check_extras(rows):
+    """Without extras as ever; with them, still nothing of the weights is read again."""
+    for row in rows:
+        if row["extras"] == "none":
+            check(row)
+        else:
+            assert row["weights_shared"] == row["weights_global"] == 0, row
+            assert row["spill"] <= EXTRAS_SPILL, row
+
+
+def test_extras(tmp_path):
+    args = "--target", "90", "--cell", "lstm", "--hidden", "128", "--kernel", "forward", "reverse"
+    check_extras(static(tmp_path, *args, "--extras", "none", "all"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_each_extra(cell, tmp_path):
+    """In one program and in a group."""
+    args = "--target", "80", "--cell", cell, "--hidden", "96", "512"
+    check_extras(static(tmp_path, *args, "--kernel", "forward", "reverse", "--extras"))
+
+
 CELLS, TARGETS = list(SPECS), [str(t) for t in LIMITS]
 
 

@@ -1,4 +1,4 @@
-"""What is installed, and the benchmark's own arithmetic."""
+"""What is installed."""
 
 import doctest
 import importlib
@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import fused_rnn
-from bench import cpu as bench_cpu
 from fused_rnn import layers
 
 ROOT = Path(__file__).parent.parent
@@ -58,27 +57,3 @@ def test_docstring_examples() -> None:
     results = doctest.testmod(layers, extraglobs={"torch": torch})
     assert results.failed == 0
     assert results.attempted > 0
-
-
-def test_benchmark_prints_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    argv = ["--shapes", "2,1,3,4", "--seconds", "0", "--threads", "1", "--json", str(path)]
-    threads = torch.get_num_threads()
-    assert bench_cpu.main(argv) == 0
-    torch.set_num_threads(threads)
-    printed = capsys.readouterr().out
-    assert printed.count("geometric mean") == 3
-    assert '"mode": "forward"' in path.read_text()
-
-
-def test_benchmark_counts_saved_bytes_once() -> None:
-    x = torch.randn(100, requires_grad=True)
-    assert bench_cpu.saved_bytes(lambda: x * x, set()) == 400
-    assert bench_cpu.saved_bytes(lambda: x * x, {x.untyped_storage().data_ptr()}) == 0
-    assert bench_cpu.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
-
-
-def test_benchmark_refuses_bad_shapes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        bench_cpu.main(["--shapes", "1,2,3"])
-    assert "four positive integers" in capsys.readouterr().err

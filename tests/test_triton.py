@@ -138,7 +138,7 @@ def test_backward_twice_and_double_backward(kind: str, triton_device: str) -> No
 
 @every_kind
 def test_recompute_saves_states_alone(kind: str, triton_device: str) -> None:
-    from bench.cpu import saved_bytes
+    from bench.memory import saved_bytes
 
     T, B, I, H = 20, 4, 2, 32
     x = torch.randn(T, B, I, device=triton_device)

@@ -1,0 +1,221 @@
+"""Lengths, resets, zoneout and the like in the Triton kernels, against the eager loop in fp64.
+
+(The eager loop is held against torch.nn in test_extras.py.)
+"""
+
+import os
+from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
+import pytest
+import torch
+from concurrent_interpreter import concurrent_grid
+from helpers import assert_same
+from sweep_oracle import Problem, group_plan
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from fused_rnn import FusedGRU, FusedLSTM, FusedRNN, triton_backend
+
+LAYERS: dict[str, Any] = {
+    "tanh": (FusedRNN, {}),
+    "relu": (FusedRNN, {"nonlinearity": "relu"}),
+    "gru": (FusedGRU, {}),
+    "lstm": (FusedLSTM, {}),
+}
+NAMES = {"tanh": "rnn_tanh", "relu": "rnn_relu", "gru": "gru", "lstm": "lstm"}
+ALL = {"zoneout": 0.3, "recurrent_dropout": 0.4, "clip_recurrent_grad": 0.3, "learn_h0": True}
+# Constructor's keywords, and what is passed beside the input.
+CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "lengths": ({}, {"lengths"}),
+    "reset": ({}, {"reset"}),
+    "restart": ({"learn_h0": True}, {"reset", "lengths"}),
+    "zoneout": ({"zoneout": 0.3}, set()),
+    "expectation": ({"zoneout": 0.3}, {"eval"}),
+    "dropout": ({"recurrent_dropout": 0.4}, set()),
+    "clip": ({"clip_recurrent_grad": 0.05}, set()),
+    "cells": ({}, {"cells"}),
+    "all": (ALL, {"lengths", "reset", "cells"}),
+    "all expected": ({"zoneout": 0.3}, {"lengths", "reset", "cells", "eval"}),
+    "packed": ({"zoneout": 0.3, "recurrent_dropout": 0.4}, {"packed", "reset", "cells"}),
+}
+LENGTHS = [4, 1, 3, 0, 2, 4, 4, 3, 1]
+
+
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_rnn.triton_backend.rnn_precision", lambda: "ieee")
+
+
+def run(layer: nn.Module, given: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
+    """Outputs and, of a fixed random loss, all gradients; random numbers are the same ones."""
+    torch.manual_seed(5)
+    layer = layer.to(device, dtype)
+    x = given["x"].to(device, dtype).requires_grad_()
+    hx = [h.to(device, dtype).requires_grad_() for h in given["hx"]]
+    state = None if not hx else tuple(hx) if len(hx) == 2 else hx[0]
+    keywords = {
+        k: v.to(device) if isinstance(v, Tensor) else v for k, v in given["keywords"].items()
+    }
+    if "pack" in given:
+        argument: Any = pack_padded_sequence(x, given["pack"], enforce_sorted=False)
+        keywords["reset"] = pack_padded_sequence(
+            keywords["reset"], given["pack"], enforce_sorted=False
+        )
+    else:
+        argument = x
+    output, final, *more = layer(argument, state, **keywords)
+    found = [output, *(final if isinstance(final, tuple) else (final,)), *more]
+    found = [f if isinstance(f, Tensor) else f.data for f in found]
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in found]
+    loss = sum((o.double().cpu() * w).sum() for o, w in zip(found, weights, strict=True))
+    assert isinstance(loss, Tensor)
+    wanted = [x, *hx, *layer.parameters()]
+    names = ["x", *(f"hx {i}" for i in range(len(hx))), *(n for n, _ in layer.named_parameters())]
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+    results = {f"output {i}": o.detach().cpu() for i, o in enumerate(found)}
+    return results | {
+        f"grad {n}": g.detach().cpu() for n, g in zip(names, grads, strict=True) if g is not None
+    }
+
+
+def compare(
+    kind: str, case: str, device: str, T: int, B: int, H: int, **options: Any
+) -> dict[str, Tensor]:
+    cls, extra = LAYERS[kind]
+    keywords, passed = CASES[case]
+    layer = cls(3, H, backend="triton", **extra, **keywords, **options)
+    if "learn_h0" in keywords:
+        for name in ("h_0", "c_0") if kind == "lstm" else ("h_0",):
+            nn.init.normal_(getattr(layer, name))
+    layer.train("eval" not in passed)
+    D, states = 2 if layer.bidirectional else 1, 2 if kind == "lstm" else 1
+    given: dict[str, Any] = {"x": torch.randn(T, B, 3), "keywords": {}, "hx": []}
+    if "learn_h0" not in keywords:
+        given["hx"] = [torch.randn(D, B, H) for _ in range(states)]
+    if "reset" in passed:
+        given["keywords"]["reset"] = torch.rand(T, B) < 0.4
+    if "lengths" in passed:
+        given["keywords"]["lengths"] = torch.tensor(LENGTHS[:B]).clamp(max=T)
+    if "cells" in passed and kind == "lstm":
+        given["keywords"]["return_cell_sequence"] = True
+    if "packed" in passed:
+        given["pack"] = torch.tensor(LENGTHS[:B]).clamp(1, T)
+    found = run(layer, given, device, torch.float32)
+    layer.backend = "eager"
+    generator_is_the_same = device == "cpu" or not layer.training
+    if generator_is_the_same:
+        expected = run(layer, given, "cpu", torch.float64)
+    else:  # a GPU draws other masks: the eager loop is to draw them there, too
+        expected = run(layer, given, device, torch.float64)
+    assert_same(found, expected, torch.float32)
+    return found
+
+
+def turns() -> Any:
+    """All cases with all layers; without the slow ones, they take turns."""
+    for i, case in enumerate(CASES):
+        for j, kind in enumerate(LAYERS):
+            if case == "cells" and kind != "lstm":
+                continue
+            quick = case in ("all", "all expected", "cells", "packed") or i % 4 == j
+            yield pytest.param(kind, case, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "case"), list(turns()))
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["uni", "bi"])
+def test_extras(kind: str, case: str, bidirectional: bool, triton_device: str) -> None:
+    compare(kind, case, triton_device, 4, 9, 5, bidirectional=bidirectional)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("case", ["all", "packed"])
+def test_recompute(kind: str, case: str, triton_device: str) -> None:
+    compare(kind, case, triton_device, 3, 3, 5, recompute=True, bidirectional=True)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_stack(kind: str, triton_device: str) -> None:
+    compare(kind, "all", triton_device, 3, 3, 4, num_layers=2, bias=False)
+
+
+GROUP_PLANS: dict[str, dict[str, Any]] = {
+    "registers": {},
+    "split": {"block_h": 32, "k_split": 2},
+    "streamed": {"regime": "streamed"},
+    "launches": {"tiles": 1},
+}
+
+
+def group_turns() -> Any:
+    for i, case in enumerate(CASES):
+        for j, kind in enumerate(LAYERS):
+            if case == "cells" and kind != "lstm":
+                continue
+            plan = list(GROUP_PLANS)[(i + j) % 4]
+            quick = case == "all" or (case in ("packed", "lengths", "reset") and i % 4 == j)
+            yield pytest.param(kind, case, plan, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "case", "plan"), list(group_turns()))
+def test_groups(kind: str, case: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs share a batch tile and run concurrently; every second case has two tiles."""
+    H, B = 19, 9 if plan == "launches" else 3
+    problem = Problem(NAMES[kind], torch.float32, H, B, 1)
+    engine = triton_backend.TritonEngine(group_plan(problem, **GROUP_PLANS[plan]), "ieee")
+    assert engine.plan.members == 2 or plan == "split"
+    monkeypatch.setattr(triton_backend, "make_engine", lambda *args: engine)
+    with concurrent_grid(seed=H, timeout=600):
+        first = compare(kind, case, "cpu", 3, B, H, bidirectional=plan != "launches")
+    assert all(value.isfinite().all() for value in first.values())
+
+
+def test_padding_is_never_looked_at(triton_device: str) -> None:
+    """NaN behind a sequence's end reaches neither outputs nor gradients."""
+    layer = FusedLSTM(3, 5, bidirectional=True, backend="triton").to(triton_device)
+    lengths, x = torch.tensor([4, 1, 3]), torch.randn(4, 3, 3)
+    for b, n in enumerate(lengths):
+        x[n:, b] = torch.nan
+    output, final = layer(x.to(triton_device), lengths=lengths.to(triton_device))
+    (output.sum() + final[0].sum()).backward()
+    assert output.isfinite().all()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_lengths_out_of_range_are_cut_on_a_gpu(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the GPU to look at them, so the kernels must not leave the batch."""
+    monkeypatch.setattr("fused_rnn.base._check_lengths", lambda *args: None)
+    layer = FusedGRU(3, 5, backend="triton").to(triton_device)
+    x = torch.randn(4, 3, 3, device=triton_device)
+    wild = torch.tensor([-3, 2**31 - 1, 9], device=triton_device)
+    tame = torch.tensor([0, 4, 4], device=triton_device)
+    for found, expected in zip(layer(x, lengths=wild), layer(x, lengths=tame), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_compile(kind: str, triton_device: str) -> None:
+    cls, extra = LAYERS[kind]
+    layer = cls(3, 5, backend="triton", **ALL, **extra).to(triton_device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 3, device=triton_device)
+    keywords: dict[str, Any] = {
+        "reset": (torch.rand(4, 3) < 0.4).to(triton_device),
+        "lengths": torch.tensor([4, 1, 3], device=triton_device),
+    }
+    if kind == "lstm":
+        keywords["return_cell_sequence"] = True
+    found = []
+    for function in (layer, compiled):
+        torch.manual_seed(2)
+        output, _, *more = function(x, **keywords)
+        loss = output.square().sum() + sum(m.square().sum() for m in more)
+        grads = torch.autograd.grad(loss, list(layer.parameters()))
+        found.append([output, *more, *grads])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a)

@@ -18,8 +18,15 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Tables on the terminal, lines of JSON and pictures under runs/bench; minutes, on a GPU more.
 bench: .venv/ready
-	$(BIN)/python -m bench.cpu
+	mkdir -p runs/bench
+	$(BIN)/python -m pytest bench --benchmark-autosave --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m bench.run --seconds 2 --out runs/bench
+	$(BIN)/python -m bench.report runs/bench --plots runs/bench
+	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.accuracy --plot runs/bench/accuracy.png
+	$(BIN)/python -m bench.learning --plot runs/bench/learning.png
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

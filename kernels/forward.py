@@ -163,7 +163,8 @@ def forward_kernel(
     state = (h,)
     if STATES == 2:
         state = (h, tl.load(c0 + first_row + first_at, mask=mine, other=0.0).to(tl.float32))
-    row, count = step_rows(offsets, length, t, T, B)
+    if (ZONED or (reset is not None)) or (fed is not None):  # not sooner than it is needed
+        row, count = step_rows(offsets, length, t, T, B)
     if ZONED:
         at = row.to(tl.int64) * (D * H) + column + state_at
         kept = load_kept(zone_h, zoneout, at, (u < H) & (seq < count))
@@ -220,6 +221,7 @@ def forward_kernel(
                 w, scale, u0, hs, 2, G - 2, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
             )
 
+    row, count = step_rows(offsets, length, t, T, B)
     next_row, next_count = step_rows(offsets, length, t + dt, T, B)
     x = tl.load(
         gates + row.to(tl.int64) * (WORDS * H) + gate_at,

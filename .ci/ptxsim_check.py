@@ -19,12 +19,23 @@ import ptxsim  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from sweep_oracle import Problem, check_sweeps, group_plan  # noqa: E402
+from sweep_oracle import (  # noqa: E402
+    CELLS,
+    TOLERANCE,
+    Problem,
+    assert_close,
+    check_sweeps,
+    group_plan,
+)
 
 import fused_rnn.kernels.backward as backward  # noqa: E402
 import fused_rnn.kernels.forward as forward  # noqa: E402
+from fused_rnn import reference  # noqa: E402
 from fused_rnn.kernels.group import LINE  # noqa: E402
 from fused_rnn.kernels.plan import LIMITS, SPECS, make_plan  # noqa: E402
+from fused_rnn.problem import Extras, Layer, Masks  # noqa: E402
+from fused_rnn.rows import Rows  # noqa: E402
+from fused_rnn.triton_backend import TritonEngine  # noqa: E402
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 KERNELS = {
@@ -136,6 +147,57 @@ def check_group(group, arch):
     print(f"{what}: numbers right, no race, weights read as planned", flush=True)
 
 
+def check_extras(name, arch, group):
+    """A layer with all extras at once, lengths, resets and masks, both directions."""
+    for module, (label, kernel) in KERNELS.items():
+        setattr(module, label, Emulated(kernel, arch, seed=1))
+    H, B, T, I, D, cell = 24, 9, 4, 8, 2, CELLS[name]
+    torch.manual_seed(3)
+
+    def random(*shape):
+        return (torch.randn(shape) * 0.5).to(BF16).double().requires_grad_()
+
+    G = cell.gates
+    weights = []
+    for _ in range(D):
+        weights += [random(G * H, I), random(G * H, H), random(G * H), random(G * H), None]
+    states = [random(D, B, H), random(D, B, H) if cell.has_c else None]
+    zones = [torch.rand(T * B, D * H) < 0.3 for _ in range(2)]
+    masks = Masks(
+        torch.tensor([4, 1, 3, 2, 4, 0, 4, 1, 2]),
+        torch.rand(T * B) < 0.3,
+        random(D, H),
+        random(D, H) if cell.has_c else None,
+        zones[0],
+        zones[1] if cell.has_c else None,
+        random(D, B, H).detach(),
+    )
+    x = random(T * B, I)
+    layer = Layer(cell, Rows(T, B), D, extras=Extras(True, 0.0, 0.3, cell.has_c))
+    inputs = (x, *states, *weights, *masks)
+    outputs = reference.run(layer, inputs)
+    present = [o for o in outputs if o is not None]
+    grads = [torch.randn(o.shape).to(BF16).double() for o in present]
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    expected = torch.autograd.grad(present, wanted, grads)
+
+    p = Problem(name, BF16, H, B, 1, (False, True))
+    plan = group_plan(p, warps=4) if group else make_plan(name, H, 2, B, D, LIMITS[arch])
+    engine = TritonEngine(plan, "ieee")
+    cast = [t if t is None or not t.is_floating_point() else t.detach().to(BF16) for t in inputs]
+    with torch.no_grad():
+        found, saved = engine.forward(layer, cast, save=True)
+        needs = [t is not None and t.requires_grad for t in inputs]
+        padded = [*(g.to(BF16) for g in grads)]
+        given = [padded.pop(0) if o is not None else None for o in outputs]
+        back = engine.backward(layer, cast, found, saved, given, needs)
+    for got, want in zip([o for o in found if o is not None], present, strict=True):
+        assert_close(got, want.detach(), TOLERANCE[BF16], "output")
+    for got, want in zip([g for g, n in zip(back, needs, strict=True) if n], expected, strict=True):
+        assert_close(got, want, 3e-2, "gradient")  # of products of rounded numbers
+    print(f"sm_{arch} {name} extras, {plan.regime}: numbers right, no race", flush=True)
+
+
 @triton.jit
 def arrive_relaxed(counters, step):
     """`group.arrive` without its order."""
@@ -170,4 +232,7 @@ if __name__ == "__main__":
             check_cell(name, arch)
         for group in GROUPS if arch == 80 else GROUPS[::2]:
             check_group(group, arch)
+        for name in ("rnn_tanh", "gru", "lstm"):
+            for group in (False, True):
+                check_extras(name, arch, group)
         check_wrong(arch)

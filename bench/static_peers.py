@@ -1,8 +1,8 @@
 """The peers' Triton kernels, compiled and counted as `bench.static` does ours.
 
-Run with FlashRNN 1.0.8 on Triton 3.8.0 and with TorchRL 0.14.1 on Triton 3.9.0, both for sm_80 and
-sm_90; they are compiled only, never launched. FlashRNN's kernels need block pointers, which Triton
-has up to 3.8.
+Run for sm_80 and sm_90 with FlashRNN 1.0.8 and TorchRL 0.14.1 on Triton 3.8.0, and with TorchRL on
+3.9.0; compiled only, never launched. FlashRNN's kernels need block pointers, which Triton has up to
+3.8; there its reverse kernel compiles in fp32 and TF32, and in bf16 does not.
 """
 
 import importlib

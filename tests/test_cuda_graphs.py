@@ -58,11 +58,14 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         cell: str, gates: Tensor, w: Any, bias: Any, h0: Tensor, c0: Any, out: Tensor, **kw: Any
     ) -> Any:
         D, N, H, _ = gates.shape
-        h_n = out.new_empty(D, kw["rows"].B, H)
+        h_n, fed = out.new_empty(D, kw["rows"].B, H), None
+        if kw["save"] and kw["extras"].feeds:
+            fed = out.new_empty(N, D * H)
         if SPECS[cell].states == 1:
-            return h_n, None, None
-        c_seq = out.new_empty(N, D * H, dtype=torch.float32) if kw["save"] else None
-        return h_n, h_n.float(), c_seq
+            return forward.Swept(h_n, None, None, fed)
+        keeps = kw["save"] or kw["cells"]
+        c_seq = out.new_empty(N, D * H, dtype=torch.float32) if keeps else None
+        return forward.Swept(h_n, h_n.float(), c_seq, fed)
 
     def reverse_sweep(
         cell: str,
@@ -78,7 +81,11 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         D, B, H = h0.shape
         dgates = out.new_empty(D, out.shape[0], H, SPECS[cell].slots)
         dh0 = h0.new_empty(D, B, H, dtype=torch.float32)
-        return dgates, dh0, None if c0 is None else dh0.clone()
+        dc0 = None if c0 is None else dh0.clone()
+        restarts = kw["extras"].restart_h is not None
+        return backward.Gradients(
+            dgates, dh0, dc0, dh0.clone() if restarts else None, dc0 if restarts else None
+        )
 
     def make_engine(layer: Layer, device: Any, dtype: Any, H: int, *_: Any) -> Any:
         plan = make_plan(layer.cell.name, H, 4, layer.rows.B, layer.directions, LIMITS[90])
@@ -114,6 +121,26 @@ def test_nothing_waits_for_the_device(
 
 
 @every_kind
+@both
+def test_extras_do_not_wait(kind: str, bidirectional: bool, no_kernels: None) -> None:
+    options = {"zoneout": 0.1, "recurrent_dropout": 0.2, "learn_h0": True}
+    options |= {"clip_recurrent_grad": 1.0, "bidirectional": bidirectional, "num_layers": 2}
+    layer = build(kind, backend="triton", device="meta", **options)
+    x = torch.empty(5, 3, 8, device="meta", requires_grad=True)
+    keywords: dict[str, Any] = {
+        "lengths": torch.empty(3, dtype=torch.int64, device="meta"),
+        "reset": torch.empty(5, 3, dtype=torch.bool, device="meta"),
+    }
+    if kind == "lstm":
+        keywords["return_cell_sequence"] = True
+    with NoSynchronisation():
+        output, final, *more = layer(x, **keywords)
+        results = [*tensors((output, final)), *more]
+        grads = torch.autograd.grad(sum(t.sum() for t in results), [x, *layer.parameters()])
+    assert {t.device.type for t in (*results, *grads)} == {"meta"}
+
+
+@every_kind
 def test_a_step_does_not_wait(kind: str, no_kernels: None) -> None:
     layer = build(kind, backend="triton", device="meta")
     x = torch.empty(1, 3, 8, device="meta")
@@ -144,27 +171,36 @@ def pair(kind: str, bidirectional: bool = False, device: str = "cuda") -> Any:
 
 @every_kind
 @both
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "lengths"])
 @pytest.mark.gpu
-def test_capture_of_inference(kind: str, bidirectional: bool) -> None:
+def test_capture_of_inference(kind: str, bidirectional: bool, ragged: bool) -> None:
+    """Of new inputs, and new lengths and resets, in the same memory."""
     need_gpus()
     layer = pair(kind, bidirectional)
     x = torch.randn(20, 8, 16, device="cuda")
+    keywords = {}
+    if ragged:
+        keywords["lengths"] = torch.randint(1, 21, (8,), device="cuda")
+        keywords["reset"] = torch.rand(20, 8, device="cuda") < 0.2
     with torch.no_grad():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                layer(x)
+                layer(x, **keywords)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = tensors(layer(x))
+            captured = tensors(layer(x, **keywords))
         for _ in range(3):
             x.copy_(torch.randn_like(x))
+            if ragged:
+                keywords["lengths"].random_(1, 21)
+                keywords["reset"].bernoulli_(0.2)
             reserved = torch.cuda.memory_reserved()
             graph.replay()
             assert torch.cuda.memory_reserved() == reserved
-            for found, expected in zip(captured, tensors(layer(x)), strict=True):
+            for found, expected in zip(captured, tensors(layer(x, **keywords)), strict=True):
                 assert torch.equal(found, expected)
 
 

@@ -12,7 +12,7 @@ def why_not(layer: Layer, dtype: torch.dtype, projected: bool) -> str | None:
     """Why oneDNN does not run this layer, or None if it does.
 
     Measured on two Zen 3 cores, fp32: 1.1 to 3 times as fast in training as the PyTorch sweeps at
-    every shape of ``bench.cpu``, so it is taken wherever it can be.
+    every shape of ``python -m bench.run --shapes cpu``, so it is taken wherever it can be.
     """
     if layer.cell.name != "lstm":
         return "it has no such cell"

@@ -1,0 +1,143 @@
+"""Who can run a case: torch.nn, a compiled loop, ours in each regime, and the peers."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_rnn
+from bench import sweeps
+from bench.adapter import Forward, Provider, first
+from bench.cases import Case
+from bench.peers import FlashRNN, Haste, TorchRL
+from bench.timing import Run
+from fused_rnn import triton_backend, tuning
+from fused_rnn.cells import BY_NAME
+from fused_rnn.kernels.plan import DoesNotFit, Plan
+
+
+class TorchNN(Provider):
+    """torch.nn's own layer: cuDNN, MIOpen, oneDNN or ATen's loop."""
+
+    name = "torch.nn"
+
+    def layer(self, plain: nn.RNNBase, case: Case) -> tuple[nn.Module, Forward]:
+        return plain, first(plain)
+
+
+class CompiledLoop(Provider):
+    """The eager loop, its step through torch.compile.
+
+    Not the loop as a whole: that is unrolled, and takes minutes to compile for some hundred steps.
+    """
+
+    name = "torch.compile, step by step"
+    exact = False
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self.backend = backend
+
+    def layer(self, plain: nn.RNNBase, case: Case) -> tuple[nn.Module, Forward]:
+        cell = BY_NAME[case.cell]
+
+        def step(gx: Tensor, h: Tensor, c: Tensor | None, w: Tensor, b: Tensor) -> Any:
+            return cell.step(gx, F.linear(h, w, b), (h, c))
+
+        compiled = torch.compile(step, backend=self.backend, dynamic=False)
+
+        def run(x: Tensor) -> Tensor:
+            w_ih, w_hh, b_ih, b_hh = plain.parameters()
+            h = c = x.new_zeros(case.B, case.H)
+            out = []
+            for gx in F.linear(x, w_ih, b_ih):
+                h, c = compiled(gx, h, c if cell.has_c else None, w_hh, b_hh)
+                out.append(h)
+            return torch.stack(out)
+
+        return plain, run
+
+
+class Fused(Provider):
+    """fused_rnn: as it chooses by itself, or by the best plan of one regime."""
+
+    loops = True
+
+    def __init__(self, regime: str | None = None, recompute: bool = False) -> None:
+        self.regime, self.recompute = regime, recompute
+        self.name = "fused_rnn" + (f" {regime}" if regime else "") + " recompute" * recompute
+
+    def plan(self, case: Case, device: torch.device) -> Plan | None:
+        """Of the regime, or the one that is taken by itself; None if there is none."""
+        if device.type != "cuda" and not triton_backend.interpreted():
+            return None
+        if triton_backend.refusal(case.torch_dtype, False):
+            return None
+        D, precision = case.directions * case.heads, "ieee" if case.dtype == "fp32" else "tf32"
+        request = tuning.Request(case.cell, case.H, case.torch_dtype, case.B, D, precision)  # type: ignore[arg-type]
+        try:
+            limits = triton_backend.device_limits(device)
+            if self.regime is None:
+                return tuning.choose_plan(request, limits, device)
+            found = tuning.planned(request, limits, device.type == "cuda")
+        except (DoesNotFit, triton_backend.UnknownDevice):
+            return None
+        return next((plan for plan in found if plan.regime == self.regime), None)
+
+    def why_not(self, case: Case, mode: str, device: torch.device) -> str | None:
+        sweep = mode.startswith("sweep")
+        if sweep and (case.packed or case.bidirectional or self.recompute):
+            return "sweeps alone are timed for one direction, one length, saved gates"
+        if (sweep or self.regime) and device.type != "cuda" and not triton_backend.interpreted():
+            return "the kernels need a GPU"
+        if (sweep or self.regime) and self.plan(case, device) is None:
+            return f"the planner has no {self.regime or 'plan'} here"
+        return super().why_not(case, mode, device)
+
+    def detail(self, case: Case, device: torch.device) -> str:
+        plan = self.plan(case, device)
+        if plan is not None and (self.regime or device.type == "cuda" or case.heads > 1):
+            return str(plan) + "; in Triton's interpreter" * (device.type == "cpu")
+        layer: Any = fused_rnn.fuse(case.layer(device), recompute=self.recompute)
+        return fused_rnn.explain(layer, case.input(device))[0].reason
+
+    def layer(self, plain: nn.RNNBase, case: Case) -> tuple[nn.Module, Forward]:
+        fused = fused_rnn.fuse(plain, recompute=self.recompute)
+        if self.regime is None:
+            return fused, first(fused)
+        fused.backend = "triton"  # type: ignore[assignment]
+        plan = self.plan(case, next(plain.parameters()).device)
+        run = first(fused)
+
+        def planned(x: Any) -> Tensor:
+            chosen, tuning.choose_plan = tuning.choose_plan, lambda *_: plan  # type: ignore[assignment]
+            try:
+                return run(x)
+            finally:
+                tuning.choose_plan = chosen
+
+        return fused, planned
+
+    def sweep(self, case: Case, device: torch.device, train: bool) -> Run:
+        plan = self.plan(case, device)
+        assert plan is not None
+        return sweeps.ours(case, device, plan, train)
+
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        TorchNN(),
+        Fused(),
+        Fused("persistent"),
+        Fused("cooperative"),
+        Fused("streamed"),
+        Fused(recompute=True),
+        CompiledLoop(),
+        FlashRNN(),
+        FlashRNN("cuda_fused"),
+        Haste(),
+        TorchRL(),
+    )
+}
+ON_CPU = ("torch.nn", "fused_rnn")  # what is timed there unless more is asked for

@@ -218,10 +218,12 @@ def weight_reads(ttgir: str, batch_axis: int = -1) -> dict[str, int]:
     lines = ttgir.splitlines()
     loops = []
     for i, line in enumerate(lines):
-        if "scf.for" in line:
+        if "scf.for" in line or "scf.while" in line:
             indent = len(line) - len(line.lstrip())
             end = next(
-                j for j in range(i + 1, len(lines)) if lines[j][: indent + 1] == " " * indent + "}"
+                j
+                for j in range(i + 1, len(lines))
+                if lines[j].startswith(" " * indent + "}") and "} do {" not in lines[j]
             )
             loops.append(lines[i : end + 1])
     body = max(loops, key=len)

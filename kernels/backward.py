@@ -351,7 +351,9 @@ def backward_kernel(
     if ZONED and STATES == 2:
         now = CELL_STATE(saved, before)
     factors = FACTORS(saved, now, before, FAST)
-    for step in range(steps):
+    once = (steps > 0).to(tl.int32)
+    step = 0
+    while step < steps:  # no `for`, see the forward sweep
         after_row, after_count = step_rows(offsets, length, t + 2 * dt, T, B)
         x, earlier = load_step(
             gates, states, initial, reset, restart, next_row, next_count, after_row, after_count,
@@ -397,9 +399,15 @@ def backward_kernel(
             else:
                 for i in tl.static_range(CHUNKS):
                     part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
-                    part = through_weights(ws[i], first, part, MS, PRECISION)
-                    if G > 1:
-                        part = through_weights(ws_last[i], last, part, MS, PRECISION)
+                    if i < REGISTERS:
+                        part = through_weights(ws[i], first, part, MS, PRECISION)
+                        if G > 1:
+                            part = through_weights(ws_last[i], last, part, MS, PRECISION)
+                    else:
+                        for _ in range(once):  # see `weights.products`
+                            part = through_weights(ws[i], first, part, MS, PRECISION)
+                            if G > 1:
+                                part = through_weights(ws_last[i], last, part, MS, PRECISION)
                     store_partial(
                         part, partials + parity, i, member, MEMBERS, BLOCK_H, BLOCK_K, BLOCK_B
                     )
@@ -457,6 +465,7 @@ def backward_kernel(
             dc += gc.to(tl.float32)
         row, count, next_row, next_count = next_row, next_count, after_row, after_count
         t += dt
+        step += 1
 
     tl.store(dh0 + first_row + first_at, dh.to(dh0.dtype.element_ty), mask=mine)
     if STATES == 2:

@@ -36,10 +36,10 @@ from fused_rnn.kernels.tiles import (
     words,
 )
 from fused_rnn.kernels.weights import (
-    add_products,
     first_products,
     join_gates,
     load_h,
+    products,
     stream_product,
 )
 
@@ -123,6 +123,7 @@ def forward_kernel(
     WORDS: tl.constexpr = words(S, MEMBERS, dtype)
     FIRST: tl.constexpr = 2 if G > 1 else 1
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    RESIDENT: tl.constexpr = REGISTERS if REGISTERS < CHUNKS else CHUNKS
     RAGGED: tl.constexpr = (offsets is not None) or (lengths is not None)
     ZONED: tl.constexpr = (zone_h is not None) or (zoneout is not None)
     # Whether the product takes something else than the h that is put out. So it does in a ragged
@@ -232,14 +233,19 @@ def forward_kernel(
         x = put_hidden(x, hidden, m, WORDS)
     acc = join_gates(first, last, G, BLOCK_H, KS, MS)
     acc += from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
-    for step in range(steps):
+    # From step to step in the layout of a product, or where there is none to keep, gate by gate.
+    pre = unpack(acc, S) if MEMBERS > 1 else (acc,)
+    once = (steps > 0).to(tl.int32)
+    step = 0
+    # No `for`: into one, Triton 3.8 moves the reads of all weights from shared memory.
+    while step < steps:
         x = tl.load(
             gates + next_row.to(tl.int64) * (WORDS * H) + gate_at,
             mask=(m < WORDS * H) & (seq < next_count),
             other=0,
         )
         after_row, after_count = step_rows(offsets, length, t + 2 * dt, T, B)
-        saved, new = STEP(unpack(acc, S), state, FAST)
+        saved, new = STEP(pre if MEMBERS > 1 else unpack(pre[0], S), state, FAST)
         if ZONED:
             if STATES == 2:
                 new = (keep(new[0], state[0], kept), keep(new[1], state[1], kept_c))
@@ -295,10 +301,13 @@ def forward_kernel(
                 arrive(counters, step)
         else:
             hs = (operand,)
-            first = add_products(ws, hs, None, KS, MS, PRECISION)
+            if SAVE:  # before or after the product, as ptxas makes the shorter step of it
+                tl.store(out_at + state_at, hw, mask=stored)
+            first = products(ws, hs, once, RESIDENT, KS, MS, PRECISION)
             if G > 1:
-                last = add_products(ws_last, hs, None, KS, MS, PRECISION)
-            tl.store(out_at + state_at, hw, mask=stored)
+                last = products(ws_last, hs, once, RESIDENT, KS, MS, PRECISION)
+            if not SAVE:
+                tl.store(out_at + state_at, hw, mask=stored)
         if c_seq is not None:
             tl.store(c_seq + (row.to(tl.int64) * (D * H) + column) + state_at, c, mask=stored)
         if SAVE and (S == 4 or ZONED):
@@ -329,13 +338,15 @@ def forward_kernel(
                     )
             else:
                 hs = load_h(h_at, present, H, BLOCK_K, CHUNKS)
-                first = add_products(ws, hs, None, KS, MS, PRECISION)
+                first = products(ws, hs, once, RESIDENT, KS, MS, PRECISION)
                 if G > 1:
-                    last = add_products(ws_last, hs, None, KS, MS, PRECISION)
+                    last = products(ws_last, hs, once, RESIDENT, KS, MS, PRECISION)
         acc = join_gates(first, last, G, BLOCK_H, KS, MS)
         acc += from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
+        pre = unpack(acc, S) if MEMBERS > 1 else (acc,)
         row, count, next_row, next_count = next_row, next_count, after_row, after_count
         t += dt
+        step += 1
 
     tl.store(h_n + first_row + first_at, state[0].to(h_n.dtype.element_ty), mask=mine)
     if STATES == 2:

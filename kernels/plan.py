@@ -461,16 +461,20 @@ def _launches(case: _Case, plan: Plan) -> int:
     return -(-tiles // max(1, plan.tiles)) * -(-case.D // max(1, plan.directions))
 
 
+HOP_US = 0.65  # see below
+L2_BYTES = 64
+
+
 def step_cycles(case: _Case, plan: Plan) -> float:
     """A guess at the cycles of a time step, forward and reverse together.
 
     What waits for what in a step is added up. The constants:
 
         33 cycles    one mma.sync of a dependent chain (A100, H100; "Dissecting the NVIDIA Hopper
-                     architecture through microbenchmarking", 2024)
+                     architecture through microbenchmarking", arXiv 2501.12084)
         64 B/cycle   from L2 to one SM; 128 B/cycle from shared memory (CUDA programming guides)
         300 cycles   a load that hits L2 (the same paper: 260 to 280, and the way back)
-        0.65 us      release to acquire between programs (gru-qat's README, measured on an H100)
+        0.65 us      release to acquire between programs (an H100, by the flash-vla project)
         400 cycles   block barriers, conversions between layouts; 150 more where there are more
                      threads than units, 50 per tile of weights, 35 per slot and sequence of a
                      thread for the pointwise part (fitted to estimates from our machine code)
@@ -494,13 +498,13 @@ def step_cycles(case: _Case, plan: Plan) -> float:
     if plan.members == 1:
         return local + chain
     kept = case.gates * plan.block_h * columns * case.itemsize
-    hop = 2 * (650 * limits.clock + 300)
-    exchange = columns * plan.block_b * (case.itemsize + 4 + 4) / 64
+    hop = 2 * (1000 * HOP_US * limits.clock + 300)
+    exchange = columns * plan.block_b * (case.itemsize + 4 + 4) / L2_BYTES
     if plan.regime == "streamed":
         all_weights = plan.members * kept
         fits = all_weights < limits.l2 * 2**20
         from_memory = 0 if fits else all_weights / (limits.memory * 1000 / limits.clock)
-        weights = 2 * max(kept / 64, from_memory)
+        weights = 2 * max(kept / L2_BYTES, from_memory)
     else:
         weights = 2 * (kept - 128 * plan.weight_registers * plan.warps) / 128
     return local + chain + hop + exchange + weights

@@ -94,10 +94,31 @@ def product(w, x, init, KS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
-def add_products(ws, xs, acc, KS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.constexpr):
-    """Add the products of all chunks to acc, which may be None."""
-    for i in tl.static_range(len(ws)):
+def products(
+    ws,
+    xs,
+    once,
+    REGISTERS: tl.constexpr,
+    KS: tl.constexpr,
+    MS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The sum of the products of all chunks, of which the first REGISTERS are in registers.
+
+    once is 1 at run time. In a loop around their product, the compiler reads the other tiles where
+    they are used, from shared memory; else it would hold them in registers as well, and spill.
+    """
+    acc = None
+    for i in tl.static_range(REGISTERS):
         acc = product(ws[i], xs[i], acc, KS, MS, PRECISION)
+    if len(ws) > REGISTERS:
+        if acc is None:
+            ROWS: tl.constexpr = ws[0].shape[len(ws[0].shape) - 2]
+            B: tl.constexpr = xs[0].shape[1]
+            acc = tl.zeros((KS * MS, ROWS, B) if KS * MS > 1 else (ROWS, B), tl.float32)
+        for _ in range(once):
+            for i in tl.static_range(REGISTERS, len(ws)):
+                acc = product(ws[i], xs[i], acc, KS, MS, PRECISION)
     return acc
 
 

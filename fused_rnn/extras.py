@@ -38,8 +38,8 @@ def prepare(
     restart_h, restart_c = (None, None) if restart is None or reset is None else restart
 
     def draw(*shape: int, p: float) -> Tensor:
-        empty = torch.empty(shape, dtype=torch.bool, device=x.device)
-        return empty.bernoulli_(p, generator=generator)
+        like = torch.empty((), dtype=torch.bool, device=x.device).expand(shape)
+        return like.bernoulli(p, generator=generator)  # not in place: vmap may want them different
 
     if zoned and training:
         zone_h = draw(*steps, D * h0.shape[-1], p=zoneout)

@@ -1,10 +1,7 @@
 """The Triton engine: one matrix product before the forward sweep, one per gradient after the other.
 
-    x ── x @ W_ih^T + b ──► gates [D, N, H, S] ── forward sweep ──► out, c, gates (overwritten)
-    dout ── reverse sweep ──► dgates [D, N, H, S] ── dgates^T h_prev, dgates^T x, dgates W_ih
-
-A gate buffer holds the S gate slots of a unit side by side (S is 1 for RNN, else 4), so the rows of
-the input weights are brought into the order (unit, slot) first.
+x ── x @ W_ih^T + b ──► gates [D, N, H, S] ── forward sweep ──► out, c, gates (overwritten)
+dout ── reverse sweep ──► dgates [D, N, H, S] ── dgates^T h_prev, dgates^T x, dgates W_ih
 """
 
 import os
@@ -21,18 +18,23 @@ from torch import Tensor
 from fused_rnn.cells import BY_NAME, Cell
 from fused_rnn.extras import resets
 from fused_rnn.precision import matmul_precision, rnn_precision
-from fused_rnn.problem import Grads, Layer, OutputGrads, Outputs, Saved, Specs, Weights
+from fused_rnn.problem import Grads, Layer, OutputGrads, Outputs, Saved, Specs
+from fused_rnn.triton_products import (
+    H_SLOTS,
+    PRODUCTS,
+    SAVED,
+    X_SLOTS,
+    gradients,
+    project,
+    rebuild_gates,
+    recurrent_bias,
+    recurrent_weights,
+)
 
 if TYPE_CHECKING:
     from fused_rnn.kernels.extras import Extras
     from fused_rnn.kernels.plan import Limits, Plan
 
-# Slots that the input product fills, and those of the recurrent product, in torch.nn's gate order.
-# The GRU's last slot is W_hn h + b_hn: the reset gate acts before the input's part is added.
-_X_SLOTS = {"rnn_tanh": (0,), "rnn_relu": (0,), "gru": (0, 1, 2), "lstm": (0, 1, 2, 3)}
-_H_SLOTS = _X_SLOTS | {"gru": (0, 1, 3)}
-# The slots of the recurrent products that the kernels know, by the number of gates.
-_PRODUCTS = {1: (0,), 3: (0, 1, 3), 4: (0, 1, 2, 3)}
 OLDEST_TRITON = (3, 6)  # the kernels are compiled by 3.6 and 3.9 in tests
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -115,13 +117,13 @@ class TritonEngine:
         weights = list(layer.unflatten(flat))
         H, name = h0.shape[-1], layer.cell.name
         with _on(x, self.precision):
-            gates = _project(layer, x, weights)
+            gates = project(layer, x, weights)
             out = x.new_empty(x.shape[0], layer.directions * H)
             swept = forward_sweep(
                 name,
                 gates,
-                _recurrent_weights(layer, weights),
-                _recurrent_bias(layer, weights),
+                recurrent_weights(layer, weights),
+                recurrent_bias(layer, weights),
                 h0.contiguous(),
                 None if c0 is None else c0.contiguous(),
                 out,
@@ -144,21 +146,21 @@ class TritonEngine:
         if not save:
             return outputs, ()
         keep_gates = _saves_gates(layer, inputs) and not layer.recompute
-        return outputs, (gates if keep_gates else None, c_seq, swept.fed)
+        # What only a group's own product needs is not saved: whether there is a group depends on B,
+        # which a tracer that has to know what is saved does not.
+        fed = swept.fed if _saves_fed(layer, inputs) else None
+        return outputs, (gates if keep_gates else None, c_seq, fed)
 
     def saved_specs(self, layer: Layer, inputs: Saved) -> Specs:
         """See :class:`fused_rnn.problem.Engine`."""
         x, h0, c0, _ = _split(inputs)
         D, _, H = h0.shape
-        slots = 1 if len(_X_SLOTS[layer.cell.name]) == 1 else 4
+        slots = 1 if len(X_SLOTS[layer.cell.name]) == 1 else 4
         kept = _saves_gates(layer, inputs) and not layer.recompute
-        masks = layer.masks(inputs)
-        fed = any(t is not None for t in (masks.lengths, masks.reset, masks.drop))
-        fed = fed or (layer.rows.batch_sizes is not None and self.plan.members > 1)
         return (
             ((D, x.shape[0], H, slots), x.dtype) if kept else None,
             None if c0 is None else ((x.shape[0], D * H), torch.float32),
-            ((x.shape[0], D * H), x.dtype) if fed else None,
+            ((x.shape[0], D * H), x.dtype) if _saves_fed(layer, inputs) else None,
         )
 
     def backward(
@@ -178,13 +180,13 @@ class TritonEngine:
         gates, c_seq, fed = saved
         with _on(x, self.precision):
             if gates is None and _saves_gates(layer, inputs):
-                gates = _rebuild_gates(layer, x, h0, outputs.out, fed, weights)
+                gates = rebuild_gates(layer, x, h0, outputs.out, fed, weights)
             found = reverse_sweep(
                 layer.cell.name,
                 gates,
                 c_seq,
                 outputs.out,
-                _recurrent_weights(layer, weights),
+                recurrent_weights(layer, weights),
                 h0.contiguous(),
                 None if c0 is None else c0.contiguous(),
                 *(None if g is None else g.contiguous() for g in grads),
@@ -194,7 +196,7 @@ class TritonEngine:
                 plan=self.plan,
                 extras=_kernel_extras(layer, inputs),
             )
-            dx, dflat = _products(layer, x, h0, outputs.out, fed, weights, found.dgates, needs)
+            dx, dflat = gradients(layer, x, h0, outputs.out, fed, weights, found.dgates, needs)
         states = [
             g.to(x.dtype) if need and g is not None else None
             for g, need in zip((found.dh0, found.dc0), needs[1:3], strict=True)
@@ -244,7 +246,7 @@ def register(
         raise ValueError(f"the cell {cell.name!r} is not registered, or has its kernels already")
     split = x_slots[:-1] == h_slots[:-1] and (x_slots[-1:], h_slots[-1:]) == ((2,), (3,))
     gates = 1 if h_slots == (0,) else 3 if split else 4
-    fits = (split or x_slots == h_slots) and set(h_slots) <= set(_PRODUCTS[gates])
+    fits = (split or x_slots == h_slots) and set(h_slots) <= set(PRODUCTS[gates])
     fits = fits and len(set(h_slots)) == len(h_slots) == cell.gates
     if not fits or (gates == 1) != (cell.gates == 1):
         raise ValueError(
@@ -254,8 +256,8 @@ def register(
     kernel_cells.STEPS[cell.name] = step
     kernel_cells.FACTORS[cell.name] = factors
     kernel_cells.ADJOINTS[cell.name] = adjoint
-    _X_SLOTS[cell.name], _H_SLOTS[cell.name] = x_slots, h_slots
-    _SAVED[cell.name] = saved
+    X_SLOTS[cell.name], H_SLOTS[cell.name] = x_slots, h_slots
+    SAVED[cell.name] = saved
     if cell_state is not None:
         kernel_cells.CELL_STATES[cell.name] = cell_state
 
@@ -304,7 +306,13 @@ def _saves_gates(layer: Layer, inputs: Saved) -> bool:
     Zoneout keeps a part of it back.
     """
     zoned = layer.extras is not None and layer.extras.zoned
-    return len(_X_SLOTS[layer.cell.name]) > 1 or zoned
+    return len(X_SLOTS[layer.cell.name]) > 1 or zoned
+
+
+def _saves_fed(layer: Layer, inputs: Saved) -> bool:
+    """Whether backward needs what the recurrent product took: it is not h0 and the output."""
+    masks = layer.masks(inputs)
+    return any(t is not None for t in (masks.lengths, masks.reset, masks.drop))
 
 
 def _kernel_extras(layer: Layer, inputs: Saved) -> "Extras":
@@ -352,157 +360,3 @@ class _on:
     def __exit__(self, *error: Any) -> None:
         for context in reversed(self.contexts):
             context.__exit__(*error)
-
-
-def _to_slots(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
-    """Rows [G*H, ...] in torch.nn's order to [H * S, ...], (unit, slot); other slots are zero."""
-    S = 1 if len(slots) == 1 else 4
-    gates = rows.view(len(slots), -1, *rows.shape[1:])
-    if S == 1:
-        return rows
-    if slots == (0, 1, 2, 3):
-        return gates.transpose(0, 1).reshape(rows.shape)
-    result = rows.new_zeros(gates.shape[1], S, *rows.shape[1:])
-    result[:, list(slots)] = gates.transpose(0, 1)
-    return result.flatten(0, 1)
-
-
-def _from_slots(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
-    """The inverse: rows [H * S, ...] to [G*H, ...]."""
-    if len(slots) == 1:
-        return rows
-    units = rows.view(-1, 4, *rows.shape[1:])
-    return units[:, list(slots)].transpose(0, 1).flatten(0, 1)
-
-
-def _recurrent_weights(layer: Layer, weights: list[Weights]) -> Tensor:
-    """[D, G * H, H] with as many gates as the kernels multiply: those that a cell lacks are 0."""
-    from fused_rnn.kernels.plan import SPECS
-
-    name, w_hh = layer.cell.name, torch.stack([w.w_hh for w in weights])
-    product = _PRODUCTS[SPECS[name].gates]
-    if _H_SLOTS[name] == product:
-        return w_hh
-    D, _, H = w_hh.shape
-    padded = w_hh.new_zeros(D, len(product), H, H)
-    padded[:, [product.index(slot) for slot in _H_SLOTS[name]]] = w_hh.view(D, -1, H, H)
-    return padded.flatten(1, 2)
-
-
-def _splits_last_gate(cell: str) -> bool:
-    """Whether the last gate's recurrent part has a slot of its own, as in a GRU."""
-    return _X_SLOTS[cell][-1] != _H_SLOTS[cell][-1]
-
-
-def _input_bias(layer: Layer, w: Weights) -> Tensor | None:
-    """All biases but that of a recurrent part with a slot of its own, by (unit, slot)."""
-    if w.b_ih is None or w.b_hh is None:
-        return None
-    bias = w.b_ih + w.b_hh
-    if _splits_last_gate(layer.cell.name):
-        last = bias.shape[0] - w.w_hh.shape[1]
-        bias = torch.cat([bias[:last], w.b_ih[last:]])
-    return _to_slots(bias, _X_SLOTS[layer.cell.name])
-
-
-def _recurrent_bias(layer: Layer, weights: list[Weights]) -> Tensor | None:
-    """The one that `_input_bias` leaves out, b_hn of a GRU: [D, H], zeros without biases."""
-    if not _splits_last_gate(layer.cell.name):
-        return None
-    H = weights[0].w_hh.shape[1]
-    return torch.stack([w.w_hh.new_zeros(H) if w.b_hh is None else w.b_hh[-H:] for w in weights])
-
-
-def _project(layer: Layer, x: Tensor, weights: list[Weights]) -> Tensor:
-    """The input part of the pre-activations with the biases, [D, N, H, S]."""
-    H, slots = weights[0].w_hh.shape[1], _X_SLOTS[layer.cell.name]
-    S = 1 if len(slots) == 1 else 4
-    gates = x.new_empty(len(weights), x.shape[0], H * S)
-    for buffer, w in zip(gates, weights, strict=True):
-        w_ih, bias = _to_slots(w.w_ih, slots), _input_bias(layer, w)
-        if bias is None:
-            torch.mm(x, w_ih.t(), out=buffer)
-        else:
-            torch.addmm(bias, x, w_ih.t(), out=buffer)
-    return gates.view(len(weights), x.shape[0], H, S)
-
-
-def _rebuild_gates(
-    layer: Layer, x: Tensor, h0: Tensor, out: Tensor, fed: Tensor | None, weights: list[Weights]
-) -> Tensor:
-    """What the forward sweep would have saved: h of every step is known, so one product does."""
-    H, name = h0.shape[-1], layer.cell.name
-    gates = _project(layer, x, weights)
-    for d, (buffer, w) in enumerate(zip(gates, weights, strict=True)):
-        columns = slice(d * H, (d + 1) * H)
-        if fed is None:
-            before = layer.rows.previous(out[:, columns], h0[d], d == 1)
-        else:
-            before = fed[:, columns]
-        flat = buffer.view(x.shape[0], -1)
-        flat.addmm_(before, _to_slots(w.w_hh, _H_SLOTS[name]).t())
-        bias = _recurrent_bias(layer, [w])
-        if bias is not None:
-            buffer[..., 3] += bias[0]
-        _SAVED[name](buffer)
-    return gates
-
-
-def _gru_saved(gates: Tensor) -> None:
-    gates[..., :2].sigmoid_()
-    gates[..., 2].addcmul_(gates[..., 0], gates[..., 3]).tanh_()
-
-
-def _lstm_saved(gates: Tensor) -> None:
-    candidate = torch.tanh(gates[..., 2])
-    gates.sigmoid_()
-    gates[..., 2] = candidate
-
-
-# What the step saves, formed in place from the pre-activations [N, H, S].
-_SAVED: dict[str, Callable[[Tensor], Any]] = {
-    "rnn_tanh": torch.tanh_,
-    "rnn_relu": torch.relu_,
-    "gru": _gru_saved,
-    "lstm": _lstm_saved,
-}
-
-
-def _products(
-    layer: Layer,
-    x: Tensor,
-    h0: Tensor,
-    out: Tensor,
-    fed: Tensor | None,
-    weights: list[Weights],
-    dgates: Tensor,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx, and the gradients of the parameters of all directions."""
-    H, name = h0.shape[-1], layer.cell.name
-    x_slots, h_slots = _X_SLOTS[name], _H_SLOTS[name]
-    dx: Tensor | None = None
-    dflat: list[Tensor | None] = []
-    for d, w in enumerate(weights):
-        flat = dgates[d].flatten(1)
-        need = needs[3 + d * len(w) : 3 + (d + 1) * len(w)]
-        if needs[0]:
-            w_ih = _to_slots(w.w_ih, x_slots)
-            dx = flat @ w_ih if dx is None else dx.addmm_(flat, w_ih)
-        dw_hh = None
-        if need[1]:
-            columns = slice(d * H, (d + 1) * H)
-            if fed is None:
-                dw = layer.rows.recurrent_product(flat, out[:, columns], h0[d], d == 1)
-            else:
-                dw = flat.t() @ fed[:, columns]
-            dw_hh = _from_slots(dw, h_slots)
-        bias = flat.sum(0) if need[2] or need[3] else None
-        dflat += [
-            _from_slots(flat.t() @ x, x_slots) if need[0] else None,
-            dw_hh,
-            _from_slots(bias, x_slots) if need[2] and bias is not None else None,
-            _from_slots(bias, h_slots) if need[3] and bias is not None else None,
-            None,
-        ]
-    return dx, dflat

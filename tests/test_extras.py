@@ -506,6 +506,15 @@ def test_torch_func() -> None:
     assert (found - difference / (2 * step)).abs().max() < 1e-7
 
 
+def test_vmap_with_masks_of_its_own_or_shared() -> None:
+    layer = FusedGRU(I, H, zoneout=0.5, recurrent_dropout=0.5)
+    x = torch.randn(T, 1, I).expand(T, B, I)
+    one = lambda x: layer(x)[0]  # noqa: E731
+    same, different = (torch.vmap(one, in_dims=1, randomness=r)(x) for r in ("same", "different"))
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(different[0], different[1])
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_autocast(kind: str) -> None:
     cls, extra = LAYERS[kind]

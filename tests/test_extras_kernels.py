@@ -172,6 +172,42 @@ def test_groups(kind: str, case: str, plan: str, monkeypatch: pytest.MonkeyPatch
     assert all(value.isfinite().all() for value in first.values())
 
 
+@pytest.mark.parametrize("lengths", [[3, 2, 1], [3, 3, 3]], ids=["ragged", "uniform"])
+def test_compile_of_packed_input_in_a_group(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved depends on nothing that a tracer does not know, such as B and the lengths."""
+    engine = triton_backend.TritonEngine(
+        group_plan(Problem("lstm", torch.float32, 17, 3, 1)), "ieee"
+    )
+    monkeypatch.setattr(triton_backend, "make_engine", lambda *args: engine)
+    layer = FusedLSTM(3, 17, backend="triton")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, found = torch.randn(3, 3, 3), []
+    for function in (compiled, layer):
+        with concurrent_grid(seed=1, timeout=600):
+            output, _ = function(pack_padded_sequence(x, torch.tensor(lengths)))
+            loss = output.data.square().sum()
+            found.append([output.data, *torch.autograd.grad(loss, list(layer.parameters()))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_cell_sequence_may_be_overwritten(triton_device: str) -> None:
+    """What backward needs of c is its own."""
+    layer = FusedLSTM(3, 5, backend="triton").to(triton_device)
+    x = torch.randn(4, 3, 3, device=triton_device)
+    found = []
+    for overwrite in (False, True):
+        output, _, cells = layer(x, return_cell_sequence=True)
+        loss = output.sum() + 2 * cells.sum()
+        if overwrite:
+            loss = output.sum() + cells.mul_(2).sum()
+        found.append(torch.autograd.grad(loss, list(layer.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_padding_is_never_looked_at(triton_device: str) -> None:
     """NaN behind a sequence's end reaches neither outputs nor gradients."""
     layer = FusedLSTM(3, 5, bidirectional=True, backend="triton").to(triton_device)
@@ -189,7 +225,7 @@ def test_lengths_out_of_range_are_cut_on_a_gpu(
     triton_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody waits for the GPU to look at them, so the kernels must not leave the batch."""
-    monkeypatch.setattr("fused_rnn.base._check_lengths", lambda *args: None)
+    monkeypatch.setattr("fused_rnn.base.check_lengths", lambda *args: None)
     layer = FusedGRU(3, 5, backend="triton").to(triton_device)
     x = torch.randn(4, 3, 3, device=triton_device)
     wild = torch.tensor([-3, 2**31 - 1, 9], device=triton_device)

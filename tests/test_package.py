@@ -49,4 +49,3 @@ def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(names["output"], torch.Tensor)
     assert names["output"].shape == (50, 8, 512)
     assert "layer 1: cpu: oneDNN" in capsys.readouterr().out
-

@@ -1,0 +1,136 @@
+"""Checks of what a user passes: torch.nn's, in its order and words, and those of the extras."""
+
+import numbers
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import ops, transforms
+
+
+def check_extras(
+    recompute: Any, zoneout: Any, recurrent_dropout: Any, learn_h0: Any, clip: Any
+) -> None:
+    """Raise TypeError or ValueError for what the constructor cannot take."""
+    for name, value in (("recompute", recompute), ("learn_h0", learn_h0)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    for name, value in (("zoneout", zoneout), ("recurrent_dropout", recurrent_dropout)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name} should be a number, got: {type(value).__name__}")
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} should be a number in range [0, 1), got {value}")
+    if clip is not None:
+        if not isinstance(clip, (int, float)) or isinstance(clip, bool):
+            kind = type(clip).__name__
+            raise TypeError(f"clip_recurrent_grad should be a number or None, got: {kind}")
+        if not clip > 0:
+            raise ValueError(f"clip_recurrent_grad should be greater than zero, got {clip}")
+
+
+def check_lengths(lengths: Tensor | None, x: Tensor, batched: bool) -> None:
+    """Raise unless ``lengths`` [B] fits the input ``x`` [T, B, I].
+
+    On a GPU its values are not looked at, which would wait for it.
+    """
+    if lengths is None:
+        return
+    T, B, _ = x.shape
+    if not batched:
+        raise ValueError("lengths are for batched input: cut the one sequence instead")
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths should be a tensor of int64 or int32, got {kind}")
+    if lengths.shape != (B,):
+        raise RuntimeError(f"Expected lengths of size {(B,)}, got {tuple(lengths.shape)}")
+    if lengths.device != x.device:
+        raise RuntimeError(
+            "Input and lengths are not at the same device, found input tensor at "
+            f"{x.device} and lengths at {lengths.device}"
+        )
+    if lengths.device.type == "cpu" and not ops.tracing() and not transforms.active():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > T:
+            raise ValueError(f"lengths should be from 0 to {T}, got {low} to {high}")
+
+
+def check_reset(reset: Tensor, x: Tensor) -> None:
+    """Raise unless ``reset`` [T, B] or [N] fits the rows of ``x``."""
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset should be a tensor of bool, got {reset.dtype}")
+    if reset.shape != x.shape[:-1]:
+        expected = "x".join(map(str, x.shape[:-1]))
+        raise RuntimeError(
+            f"Expected reset for {expected} steps of the input, got one of size "
+            f"{tuple(reset.shape)}"
+        )
+    if reset.device != x.device:
+        raise RuntimeError(
+            "Input and reset are not at the same device, found input tensor at "
+            f"{x.device} and reset at {reset.device}"
+        )
+
+
+def packed_reset(input: PackedSequence, reset: Tensor | PackedSequence | None) -> Tensor | None:
+    """``reset`` as [N], checked against the input."""
+    if reset is None:
+        return None
+    if not isinstance(reset, PackedSequence):
+        raise TypeError(f"reset should be packed as the input is, got {type(reset).__name__}")
+    if not ops.tracing() and not torch.equal(reset.batch_sizes, input.batch_sizes):
+        raise RuntimeError(
+            f"Expected reset with batch_sizes {input.batch_sizes.tolist()}, "
+            f"got {reset.batch_sizes.tolist()}"
+        )
+    check_reset(reset.data, input.data)
+    return reset.data
+
+
+def check_arguments(
+    input_size: int,
+    hidden_size: int,
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    dropout: float,
+    proj_size: int,
+) -> None:
+    """torch.nn's checks of the constructor's arguments, in its order and words."""
+    number = isinstance(dropout, numbers.Number) and not isinstance(dropout, bool)
+    if not number or not 0 <= dropout <= 1:
+        raise ValueError(
+            "dropout should be a number in range [0, 1] "
+            "representing the probability of an element being zeroed"
+        )
+    if dropout > 0 and num_layers == 1:
+        warnings.warn(
+            "dropout option adds dropout after all but last recurrent layer, so non-zero dropout "
+            f"expects num_layers greater than 1, but got dropout={dropout} and "
+            f"num_layers={num_layers}",
+            stacklevel=4,
+        )
+    types: list[tuple[str, Any, type]] = [
+        ("bias", bias, bool),
+        ("batch_first", batch_first, bool),
+        ("input_size", input_size, int),
+        ("hidden_size", hidden_size, int),
+    ]
+    for name, value, kind in types:
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{name} should be of type {kind.__name__}, got: {type(value).__name__}"
+            )
+    for name, value in (
+        ("input_size", input_size),
+        ("hidden_size", hidden_size),
+        ("num_layers", num_layers),
+    ):
+        if value <= 0:
+            raise ValueError(f"{name} must be greater than zero")
+    if proj_size < 0:
+        raise ValueError("proj_size should be a positive integer or zero to disable projections")
+    if proj_size >= hidden_size:
+        raise ValueError("proj_size has to be smaller than hidden_size")

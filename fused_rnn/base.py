@@ -307,9 +307,10 @@ class FusedRNNBase(nn.Module):
                 self._check_states(data, hx, rows.B)
                 if sorted_indices is not None:
                     hx = tuple(s.index_select(1, sorted_indices) for s in hx)
-            states = self._initial(data, rows.B) if hx is None else hx
+            learned = self._learned(hx, again)
+            states = self._initial(data, rows.B, learned) if hx is None else hx
             found, states = self._stack(
-                data, states, rows, weights, None, again, return_cell_sequence
+                data, states, rows, weights, learned, None, again, return_cell_sequence
             )
             if unsorted_indices is not None:
                 states = tuple(s.index_select(1, unsorted_indices) for s in states)
@@ -336,14 +337,19 @@ class FusedRNNBase(nn.Module):
         again = self._padded_reset(reset, x, batched)
         if hx is not None:
             self._check_states(x, hx, B)
-        states = self._initial(x, B) if hx is None else hx
-        more = lengths, again, return_cell_sequence
+        learned = self._learned(hx, again)
+        states = self._initial(x, B, learned) if hx is None else hx
         if ops.tracing():  # the operators take the batch as it is
-            found, states = self._stack(x, states, TracedRows(B), weights, *more)
+            found, states = self._stack(
+                x, states, TracedRows(B), weights, learned, lengths, again, return_cell_sequence
+            )
         else:
-            more = lengths, None if again is None else again.reshape(T * B), return_cell_sequence
-            found, states = self._stack(x.reshape(T * B, -1), states, Rows(T, B), weights, *more)
-            found = tuple([s.view(T, B, -1) for s in found])
+            flat = x.reshape(T * B, x.shape[-1])
+            again = None if again is None else again.reshape(T * B)
+            found, states = self._stack(
+                flat, states, Rows(T, B), weights, learned, lengths, again, return_cell_sequence
+            )
+            found = tuple([s.view(T, B, s.shape[-1]) for s in found])
         if self.batch_first:
             found = tuple([s.transpose(0, 1) for s in found])
         if not batched:
@@ -359,26 +365,27 @@ class FusedRNNBase(nn.Module):
             return None
         if not isinstance(reset, Tensor):
             raise TypeError(f"reset should be a bool tensor, as input, got {type(reset).__name__}")
+        T, B, _ = x.shape
+        check_reset(reset, x, ((B, T) if self.batch_first else (T, B)) if batched else (T,))
         if not batched:
-            reset = reset.unsqueeze(-1)
-        elif self.batch_first and reset.dim() == 2:
-            reset = reset.transpose(0, 1)
-        check_reset(reset, x)
-        return reset
+            return reset.unsqueeze(-1)
+        return reset.transpose(0, 1) if self.batch_first else reset
 
     @property
     def _state_widths(self) -> list[int]:
         carried = self.proj_size or self.hidden_size
         return [carried, self.hidden_size] if self._cell.has_c else [carried]
 
-    def _initial(self, x: Tensor, B: int) -> States:
-        if self.learn_h0:
-            return tuple([s[:, None].expand(-1, B, -1).to(x.dtype) for s in self._learned()])
+    def _initial(self, x: Tensor, B: int, learned: States | None) -> States:
+        if learned is not None:
+            return tuple([s[:, None].expand(-1, B, -1).to(x.dtype) for s in learned])
         count = self.num_layers * self._directions
         return tuple(x.new_zeros(count, B, width) for width in self._state_widths)
 
-    def _learned(self) -> States:
-        """The learned initial states [L*D, .]."""
+    def _learned(self, hx: States | None, reset: Tensor | None) -> States | None:
+        """The learned initial states [L*D, .] if this call needs any; read once, as weights are."""
+        if not self.learn_h0 or (hx is not None and reset is None):
+            return None
         rows = self.num_layers * self._directions
         names = zip(("h_0", "c_0"), self._state_widths, strict=False)
         return tuple([self._read(name, (rows, width)) for name, width in names])
@@ -389,6 +396,7 @@ class FusedRNNBase(nn.Module):
         states: States,
         rows: Rows | TracedRows,
         weights: list[list[Weights]],
+        learned: States | None,
         lengths: Tensor | None,
         reset: Tensor | None,
         cells: bool,
@@ -399,14 +407,13 @@ class FusedRNNBase(nn.Module):
         """
         D, cell = self._directions, self._cell
         finals: list[States] = []
-        learned = self._learned() if self.learn_h0 and reset is not None else None
         for layer in range(self.num_layers):
             mine = states
             if self.num_layers > 1:
                 mine = tuple(s[layer * D : (layer + 1) * D] for s in states)
             c0 = mine[1] if cell.has_c else None
             restart: Any = None
-            if learned is not None:
+            if learned is not None and reset is not None:
                 first = [s[layer * D : (layer + 1) * D].to(x.dtype) for s in learned]
                 restart = (first[0], first[1] if cell.has_c else None)
             out = rnn_layer(

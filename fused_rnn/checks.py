@@ -51,22 +51,18 @@ def check_lengths(lengths: Tensor | None, x: Tensor, batched: bool) -> None:
             "Input and lengths are not at the same device, found input tensor at "
             f"{x.device} and lengths at {lengths.device}"
         )
-    if lengths.device.type == "cpu" and not ops.tracing() and not transforms.active():
+    if B and lengths.device.type == "cpu" and not ops.tracing() and not transforms.active():
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:
             raise ValueError(f"lengths should be from 0 to {T}, got {low} to {high}")
 
 
-def check_reset(reset: Tensor, x: Tensor) -> None:
-    """Raise unless ``reset`` [T, B] or [N] fits the rows of ``x``."""
+def check_reset(reset: Tensor, x: Tensor, steps: tuple[int, ...]) -> None:
+    """Raise unless ``reset`` is of the size ``steps``, one for each of the input ``x``."""
     if reset.dtype != torch.bool:
         raise TypeError(f"reset should be a tensor of bool, got {reset.dtype}")
-    if reset.shape != x.shape[:-1]:
-        expected = "x".join(map(str, x.shape[:-1]))
-        raise RuntimeError(
-            f"Expected reset for {expected} steps of the input, got one of size "
-            f"{tuple(reset.shape)}"
-        )
+    if reset.shape != steps:
+        raise RuntimeError(f"Expected reset of size {steps}, got {tuple(reset.shape)}")
     if reset.device != x.device:
         raise RuntimeError(
             "Input and reset are not at the same device, found input tensor at "
@@ -85,7 +81,12 @@ def packed_reset(input: PackedSequence, reset: Tensor | PackedSequence | None) -
             f"Expected reset with batch_sizes {input.batch_sizes.tolist()}, "
             f"got {reset.batch_sizes.tolist()}"
         )
-    check_reset(reset.data, input.data)
+    mine, theirs = reset.sorted_indices, input.sorted_indices
+    known = mine is not None and theirs is not None and mine.device.type == "cpu"
+    alike = torch.equal(mine, theirs) if known and not ops.tracing() else True  # type: ignore[arg-type]
+    if (mine is None) != (theirs is None) or not alike:
+        raise RuntimeError("Expected reset with the sequences sorted as those of the input")
+    check_reset(reset.data, input.data, tuple(input.data.shape[:-1]))
     return reset.data
 
 

@@ -60,7 +60,8 @@ def problem_of(
         rows = Rows(data.shape[1 - batch_dim], data.shape[batch_dim])
     dtype = autocast_dtype(data) or data.dtype
     zoned, dropped = layer.zoneout > 0, layer.training and layer.recurrent_dropout > 0
-    extras = Extras() if zoned or dropped or layer.clip_recurrent_grad is not None else None
+    clipped = layer.clip_recurrent_grad is not None and torch.is_grad_enabled()
+    extras = Extras(zoned=zoned) if zoned or dropped or clipped else None
     problem = Layer(layer._cell, rows, layer._directions, layer.recompute, extras)
     return problem, data.device, dtype
 

@@ -30,6 +30,8 @@ def prepare(
 ) -> tuple[Extras, Masks] | None:
     """The extras of one call of :func:`fused_rnn.functional.rnn_layer`, None if there are none."""
     zoned, dropped = zoneout > 0, training and recurrent_dropout > 0
+    if not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
+        clip_recurrent_grad = None  # there will be none; an exported graph may see one later
     tensors = lengths is not None or reset is not None
     if not (zoned or dropped or tensors or return_cell_sequence or clip_recurrent_grad is not None):
         return None
@@ -62,6 +64,8 @@ def without_padding(x: Tensor, lengths: Tensor) -> Tensor:
 
     What stands there may be NaN, and would be one in the products for the gradients of weights.
     """
+    if lengths.shape[0] == 0:
+        return x
     steps = x.unflatten(0, (-1, lengths.shape[0])) if x.dim() == 2 else x
     on = torch.arange(steps.shape[0], device=x.device)[:, None] < lengths
     return torch.where(on[..., None], steps, 0.0).view(x.shape)

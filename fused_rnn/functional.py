@@ -104,12 +104,26 @@ def _run(
 ) -> Outputs:
     if isinstance(rows, TracedRows):
         return ops.run(cell.name, rows, directions, recompute, more, inputs, backend)
+    if rows.B == 0:
+        return _nothing(rows, directions, more, inputs)
     layer = Layer(cell, rows, directions, recompute, more)
     if more == Extras() and backend in ("auto", "cpu") and not transforms.active():
         found = _by_stretches(layer, inputs, backend)
         if found is not None:
             return found
     return transforms.run(layer, inputs, backend)
+
+
+def _nothing(rows: Rows, directions: int, more: Extras | None, inputs: Saved) -> Outputs:
+    """An empty batch: no rows; all gradients are zero."""
+    x, h0, c0, *rest = inputs
+    assert x is not None
+    assert h0 is not None
+    zero = torch.stack([p.sum() * 0 for p in rest if p is not None and p.is_floating_point()]).sum()
+    out = x.new_zeros(rows.N, directions * h0.shape[-1]) + zero
+    cells = more is not None and more.cells and c0 is not None
+    c_seq = x.new_zeros(rows.N, directions * c0.shape[-1]) if cells and c0 is not None else None
+    return Outputs(out, h0.clone(), None if c0 is None else c0.clone(), c_seq)
 
 
 def _by_stretches(layer: Layer, inputs: Saved, backend: Backend) -> Outputs | None:

@@ -96,8 +96,12 @@ def load_kept(zone, zoneout, at, mask):
 
 @triton.jit
 def keep(new, old, kept):
-    """`kept` of the old, the rest of the new."""
-    return new + kept * (old - new)
+    """`kept` of the old, the rest of the new; exactly the old where a mask says so."""
+    if len(kept.shape) > 0:
+        new = tl.where(kept != 0, old, new)
+    else:
+        new = new + kept * (old - new)
+    return new
 
 
 @triton.jit

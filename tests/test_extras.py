@@ -240,6 +240,33 @@ def test_resets_begin_with_the_learned_state() -> None:
         assert_close(a, b, name)
 
 
+def test_learned_states_are_read_once() -> None:
+    """A parametrization computes them, and may draw random numbers."""
+    layer, reads = FusedLSTM(I, H, learn_h0=True), []
+
+    class Count(nn.Module):
+        def forward(self, state: Tensor) -> Tensor:
+            reads.append(state)
+            return state
+
+    nn.utils.parametrize.register_parametrization(layer, "h_0", Count())
+    reads.clear()
+    layer(torch.randn(T, B, I), reset=random_reset())
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_no_sequences(backend: Any) -> None:
+    """An empty batch, as torch.nn has it."""
+    plain, layer = twins("gru", I, H, backend=backend)
+    x = torch.randn(T, 0, I)
+    assert layer(x)[0].shape == plain(x)[0].shape == (T, 0, H)
+    layer(x)[0].sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+    lengths = torch.zeros(0, dtype=torch.int64)
+    assert layer(x, lengths=lengths)[1].shape == (1, 0, H)
+
+
 # ---- zoneout, dropout, clipping: against loops over torch.nn's cells ----------------------------
 
 
@@ -353,6 +380,14 @@ def test_masks_have_the_probabilities() -> None:
     assert not torch.equal(masks.zone_h, masks.zone_c)
     assert masks.drop.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
     assert masks.drop.double().mean() == pytest.approx(1.0, abs=0.03)
+
+
+def test_clipping_costs_nothing_without_gradients() -> None:
+    layer = FusedLSTM(I, H, clip_recurrent_grad=1.0)
+    with torch.no_grad():
+        assert draw(layer, make_inputs(layer)) == Masks()
+        assert "oneDNN" in str(fused_rnn.explain(layer, torch.randn(T, B, I)))
+    assert "extras" in str(fused_rnn.explain(layer, torch.randn(T, B, I)))
 
 
 def test_a_generator_decides_the_masks() -> None:
@@ -588,7 +623,7 @@ def test_bad_arguments(keywords: dict[str, Any], error: type[Exception], text: s
         (
             {"reset": torch.zeros(B, T, dtype=torch.bool)},
             RuntimeError,
-            r"Expected reset for 6x5 steps of the input, got one of size \(5, 6\)",
+            r"Expected reset of size \(6, 5\), got \(5, 6\)",
         ),
         ({"reset": [True]}, TypeError, "reset should be a bool tensor, as input, got list"),
     ],
@@ -610,5 +645,17 @@ def test_bad_inputs_of_other_kinds() -> None:
     other = pack_padded_sequence(random_reset(), torch.tensor([6, 6, 6, 6, 6]))
     with pytest.raises(RuntimeError, match="Expected reset with batch_sizes"):
         layer(packed, reset=other)
+    lengths = torch.tensor([2, 4, 3])
+    mixed = pack_padded_sequence(torch.randn(4, 3, I), lengths, enforce_sorted=False)
+    order = pack_padded_sequence(random_reset()[:4, :3], lengths.sort(descending=True)[0])
+    again = pack_padded_sequence(
+        random_reset()[:4, :3], lengths.sort(descending=True)[0], enforce_sorted=False
+    )
+    for wrong in (order, again):
+        with pytest.raises(RuntimeError, match="sequences sorted as those of the input"):
+            layer(mixed, reset=wrong)
+    layer.batch_first = True
+    with pytest.raises(RuntimeError, match=r"Expected reset of size \(6, 5\), got \(5, 6\)"):
+        layer(torch.randn(6, 5, I), reset=torch.zeros(5, 6, dtype=torch.bool))
     with pytest.raises(TypeError, match="return_cell_sequence"):
         FusedGRU(I, H)(x, return_cell_sequence=True)

@@ -193,6 +193,20 @@ def test_compile_of_packed_input_in_a_group(
         torch.testing.assert_close(a, b)
 
 
+def test_zoneout_keeps_a_state_exactly(triton_device: str) -> None:
+    """However large what is not taken."""
+    for size in (1e7, 1e30):
+        layer = FusedRNN(3, 5, nonlinearity="relu", zoneout=0.5, backend="triton")
+        layer = layer.to(triton_device)
+        with torch.no_grad():
+            layer.weight_ih_l0.fill_(1.0)
+            h0 = torch.full((1, 3, 5), 0.1, device=triton_device)
+            output, _ = layer(torch.full((1, 3, 3), size, device=triton_device), h0)
+        kept = output == h0
+        assert 0 < kept.sum() < kept.numel()
+        assert (output[~kept] > 1e6).all()
+
+
 def test_cell_sequence_may_be_overwritten(triton_device: str) -> None:
     """What backward needs of c is its own."""
     layer = FusedLSTM(3, 5, backend="triton").to(triton_device)

@@ -83,7 +83,7 @@ def forward_mode() -> bool:
 def run(layer: Layer, inputs: Saved, backend: Backend) -> Outputs:
     """Run one layer, through autograd if a gradient may be asked for."""
     record = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
-    choice = dispatch.choose_for(layer, inputs, backend, record)
+    choice = dispatch.choose_for(layer, inputs, backend, record, recorder=True)
     engine = choice.engine
     if engine is None:
         if choice.step:

@@ -37,13 +37,15 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"Unknown backend '{backend}'. Select from {get_args(Backend)}.")
 
 
-def choose_for(layer: Layer, inputs: Saved, backend: Backend, record: bool = True) -> Choice:
+def choose_for(
+    layer: Layer, inputs: Saved, backend: Backend, record: bool = True, recorder: bool = False
+) -> Choice:
     """Choose for ``inputs`` as in :class:`fused_rnn.problem.Engine`; else as :func:`choose`."""
     x, w_hh, w_hr = inputs[0], inputs[4], inputs[7]
     assert x is not None
     assert w_hh is not None
     H = w_hh.shape[0] // layer.cell.gates
-    return choose(layer, x.device, x.dtype, H, w_hr is not None, backend, record)
+    return choose(layer, x.device, x.dtype, H, w_hr is not None, backend, record, recorder)
 
 
 def choose(
@@ -54,6 +56,7 @@ def choose(
     projected: bool,
     backend: Backend,
     record: bool = True,
+    recorder: bool = False,
 ) -> Choice:
     """Choose for one layer; it runs on ``device`` in ``dtype`` with ``H`` hidden units.
 
@@ -65,6 +68,7 @@ def choose(
         projected: whether there is a projection.
         backend: what the user asks for.
         record: whether a gradient may be asked for.
+        recorder: whether the caller leaves it to autograd to record a single step.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
@@ -73,8 +77,9 @@ def choose(
     check_backend(backend)
     if backend == "eager":
         return Choice("eager", None, "backend='eager' asks for it")
-    if backend == "auto" and not record and step.suits(layer, device, dtype, projected):
-        reason = f"torch.{layer.cell.name}_cell, for a single step without gradients"
+    plain = not record or (recorder and not layer.recompute)
+    if backend == "auto" and plain and step.suits(layer, device, dtype, projected):
+        reason = f"torch.{layer.cell.name}_cell, for a single step"
         return Choice("eager", None, reason, step=True)
     if backend == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend='cpu' needs tensors on the CPU, but the input is on {device}")

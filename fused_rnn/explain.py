@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import triton_backend
+from fused_rnn import ops, triton_backend
 from fused_rnn.base import FusedRNNBase
 from fused_rnn.dispatch import choose
 from fused_rnn.precision import autocast_dtype, rnn_precision
@@ -88,9 +88,8 @@ def explain(
         data = x.data if isinstance(x, PackedSequence) else x  # a tensor's .data has no gradient
         tensors = (data, *layer.parameters())
         record = record and any(t.requires_grad for t in tensors)
-        choice = choose(
-            problem, device, dtype, layer.hidden_size, layer.proj_size > 0, layer.backend, record
-        )
+        what = problem, device, dtype, layer.hidden_size, layer.proj_size > 0, layer.backend
+        choice = choose(*what, record, recorder=not ops.tracing())
         backend, reason = str(choice.backend), choice.reason
     else:
         backend, reason = _on_gpu(problem, dtype, layer.hidden_size, layer.proj_size > 0, gpu)

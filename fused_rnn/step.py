@@ -1,4 +1,4 @@
-"""A single time step without gradients: PyTorch's own cell, one call for each direction.
+"""A single time step: PyTorch's own cell, one call for each direction, which autograd records.
 
 There is no loop to fuse, so what counts is what a sweep spends before and after it. Only
 ``backend="auto"`` comes here: an engine that is asked for by name runs also a single step itself,
@@ -23,7 +23,7 @@ _CELLS: dict[str, Any] = {
 
 
 def suits(layer: Layer, device: torch.device, dtype: torch.dtype, projected: bool) -> bool:
-    """Whether a layer without gradients runs here.
+    """Whether a layer runs here.
 
     16-bit types do not on a CPU, where the cells round every intermediate result, nor projections,
     extras and other cells, which PyTorch does not know.

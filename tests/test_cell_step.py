@@ -100,9 +100,38 @@ def test_explain_a_step() -> None:
         assert "torch.gru_cell" not in str(fused_rnn.explain(layer, x.expand(2, 2, 3)))
         forced = fused_rnn.FusedGRU(3, 5, backend="cpu")
         assert fused_rnn.explain(forced, x)[0].backend == "cpu"
+    assert "torch.gru_cell" in str(fused_rnn.explain(layer, x))
+    layer.recompute = True
     assert "torch.gru_cell" not in str(fused_rnn.explain(layer, x))
     layer.requires_grad_(False)
     assert "torch.gru_cell" in str(fused_rnn.explain(layer, x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["uni", "bi"])
+def test_training_a_step_runs_no_sweep(
+    kind: str, bidirectional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of all inputs, and gradients of those, are torch.nn's."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a sweep ran")
+
+    plain, fused = twins(kind, 3, 5, bidirectional=bidirectional, dtype=torch.float64)
+    x, hx = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True), states(plain, 4)
+    for module in (cpu, onednn, reference):
+        monkeypatch.setattr(module, "forward", fail)
+    found = []
+    for layer in (plain, fused):
+        state = tuple(h.clone().requires_grad_() for h in hx)
+        results = tensors(layer(x, state if len(hx) == 2 else state[0]))
+        loss = sum(t.square().sum() for t in results)
+        wanted = [x, *state, *layer.parameters()]
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), wanted, allow_unused=True)
+        found.append([*first, *(g for g in second if g is not None)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

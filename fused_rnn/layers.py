@@ -87,15 +87,10 @@ class FusedGRU(FusedRNNBase):
         *args: as ``nn.GRU``.
         backend: "auto", "triton", "cpu" or "eager".
         recompute: save only h (and c) for backward and compute the gates a second time.
-        zoneout: probability that a unit keeps its state for a step (h, and the LSTM's c on its
-            own, Krueger et al. 2017, arXiv:1606.01305); without training, the expectation is
-            taken.
-        recurrent_dropout: probability that a unit of h is left out of the recurrent product, the
-            same ones at all steps (Gal and Ghahramani 2016, arXiv:1512.05287); only in training.
-        learn_h0: own the initial states as parameters ``h_0`` [L*D, H] (and ``c_0``), at first
-            zero; they stand in for ``hx`` where it is not given.
-        clip_recurrent_grad: cut the gradient that a step passes to the state before it to
-            [-value, value], element by element.
+        zoneout: as :class:`FusedRNN`; so the next three.
+        recurrent_dropout: see there.
+        learn_h0: see there.
+        clip_recurrent_grad: see there.
         **kwargs: as ``nn.GRU``.
 
     Inputs and outputs are those of :class:`FusedRNN`.
@@ -135,15 +130,10 @@ class FusedLSTM(FusedRNNBase):
         proj_size: size R of the projected h, 0 for none (then R = H below).
         backend: "auto", "triton", "cpu" or "eager".
         recompute: save only h (and c) for backward and compute the gates a second time.
-        zoneout: probability that a unit keeps its state for a step (h, and the LSTM's c on its
-            own, Krueger et al. 2017, arXiv:1606.01305); without training, the expectation is
-            taken.
-        recurrent_dropout: probability that a unit of h is left out of the recurrent product, the
-            same ones at all steps (Gal and Ghahramani 2016, arXiv:1512.05287); only in training.
-        learn_h0: own the initial states as parameters ``h_0`` [L*D, H] (and ``c_0``), at first
-            zero; they stand in for ``hx`` where it is not given.
-        clip_recurrent_grad: cut the gradient that a step passes to the state before it to
-            [-value, value], element by element.
+        zoneout: as :class:`FusedRNN`; so the next three.
+        recurrent_dropout: see there.
+        learn_h0: see there.
+        clip_recurrent_grad: see there.
         **kwargs: as ``nn.LSTM``.
 
     Inputs are ``input`` as for :class:`FusedRNN` and ``hx = (h_0 [L*D, B, R], c_0 [L*D, B, H])``;

@@ -29,7 +29,7 @@ from bench.adapter import Provider
 from bench.cases import CELLS, DTYPES, GPU_SETS, LAYERS, MODES, SETS, Case, parse_shape, products
 from bench.memory import saved_by
 from bench.providers import ON_CPU, PROVIDERS
-from fused_rnn.triton_backend import device_limits
+from fused_rnn.devices import device_limits
 
 INPUTS = 3  # that take turns, so that nobody profits from a cache that holds the last one
 Skip = Callable[[str, str, Case], None]

@@ -110,6 +110,6 @@ def _on_gpu(
         problem.cell.name, H, dtype, problem.rows.B, problem.directions, rnn_precision()
     )
     try:
-        return "triton", planned(request, LIMITS[gpu], True)[0].reason
+        return "triton", planned(request, LIMITS[gpu])[0].reason
     except DoesNotFit as reason:
         return "eager", f"no fused kernel: {reason}"

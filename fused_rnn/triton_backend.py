@@ -4,10 +4,9 @@ x ── x @ W_ih^T + b ──► gates [D, N, H, S] ── forward sweep ──
 dout ── reverse sweep ──► dgates [D, N, H, S] ── dgates^T h_prev, dgates^T x, dgates W_ih
 """
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn.cells import BY_NAME, Cell
+from fused_rnn.devices import UnknownDevice, device_limits, kernel_device
 from fused_rnn.extras import resets
 from fused_rnn.precision import matmul_precision, rnn_precision
 from fused_rnn.problem import Grads, Layer, OutputGrads, Outputs, Saved, Specs
@@ -33,19 +33,10 @@ from fused_rnn.triton_products import (
 
 if TYPE_CHECKING:
     from fused_rnn.kernels.extras import Extras
-    from fused_rnn.kernels.plan import Limits, Plan
+    from fused_rnn.kernels.plan import Plan
 
 OLDEST_TRITON = (3, 6)  # the kernels are compiled by 3.6 and 3.9 in tests
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
-
-
-class UnknownDevice(LookupError):
-    """A GPU older than, or unlike, all that the table of limits knows."""
 
 
 @lru_cache
@@ -70,31 +61,6 @@ def refusal(dtype: torch.dtype, projected: bool) -> str | None:
     if projected:
         return "there are no kernels for projections (proj_size)"
     return None
-
-
-@lru_cache
-def device_limits(device: torch.device) -> "Limits":
-    """What the chip offers: the table's entry for its architecture, with its own counts."""
-    from fused_rnn.kernels.plan import LIMITS
-
-    if device.type == "cpu":  # the interpreter runs one program after the other: none can wait
-        return replace(LIMITS[80], groups=False)
-    properties: Any = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        name = properties.gcnArchName.split(":")[0]
-        if name not in LIMITS:
-            raise UnknownDevice(name)
-        return replace(LIMITS[name], sms=properties.multi_processor_count)
-    capability = 10 * properties.major + properties.minor
-    known = [k for k in LIMITS if isinstance(k, int) and k <= capability]
-    if not known:
-        raise UnknownDevice(f"sm_{capability}")
-    return replace(
-        LIMITS[max(known)],
-        sms=properties.multi_processor_count,
-        shared=properties.shared_memory_per_block_optin,
-        sm_shared=properties.shared_memory_per_multiprocessor,
-    )
 
 
 @dataclass(frozen=True)
@@ -266,7 +232,8 @@ def make_engine(
     layer: Layer, device: torch.device, dtype: torch.dtype, H: int, projected: bool
 ) -> TritonEngine | str:
     """The engine for a layer, or why there is none."""
-    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+    chip = kernel_device(device)
+    if chip is None:
         return f"Triton runs on CUDA and ROCm devices, not on {device.type}"
     if reason := refusal(dtype, projected):
         return reason
@@ -277,11 +244,12 @@ def make_engine(
     zoned = layer.extras is not None and layer.extras.zoned
     if zoned and layer.cell.has_c and layer.cell.name not in CELL_STATES:
         return f"there are no kernels for {layer.cell.name} with zoneout"
-    gpu = device.type == "cuda"
-    precision: Literal["ieee", "tf32"] = rnn_precision() if gpu else "ieee"
+    # 16-bit products have no such switch, and the interpreter has no tensor cores.
+    switched = chip.type == "cuda" and dtype == torch.float32
+    precision: Literal["ieee", "tf32"] = rnn_precision() if switched else "ieee"
     request = Request(layer.cell.name, H, dtype, layer.rows.B, layer.directions, precision)
     try:
-        plan = choose_plan(request, device_limits(device), device)
+        plan = choose_plan(request, device_limits(chip), chip)
     except UnknownDevice as unknown:
         return f"no plan for {unknown}"
     except DoesNotFit as reason:

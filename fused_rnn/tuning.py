@@ -1,24 +1,23 @@
 """Measured plans: time the best guesses of the planner on this GPU, and remember the winner.
 
-What is remembered lies in a JSON file, by default `~/.cache/fused_rnn/plans.json`; the environment
-variable FUSED_RNN_CACHE names another folder. An entry holds for a cell, H, dtype and precision,
+What is remembered (see :mod:`fused_rnn.measured`) holds for a cell, H, dtype and precision,
 directions, a class of batch sizes, the GPU and the versions of Triton and this package: not for a
 length, nor for one batch size.
 """
 
-import json
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn._version import __version__
+from fused_rnn import measured
 from fused_rnn.base import FusedRNNBase
 
 if TYPE_CHECKING:
@@ -41,19 +40,16 @@ class Request:
 
     def key(self, device: torch.device) -> str:
         """Its entry among the remembered plans."""
-        import triton
-
-        name = torch.cuda.get_device_name(device).replace(" ", "-")
         batch = 1 << (self.B - 1).bit_length()
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.cell} H={self.H} {dtype} {self.precision} D={self.D} B<={batch} "
-            f"{name} triton-{triton.__version__} fused_rnn-{__version__}"
+            f"{measured.place(device)}"
         )
 
 
 @lru_cache(maxsize=4096)
-def planned(request: Request, limits: "Limits", fast: bool) -> "tuple[Plan, ...]":
+def planned(request: Request, limits: "Limits") -> "tuple[Plan, ...]":
     """:func:`fused_rnn.kernels.plan.plans`, kept: it is asked in every call of a layer."""
     from fused_rnn.kernels.plan import plans
 
@@ -66,9 +62,31 @@ def planned(request: Request, limits: "Limits", fast: bool) -> "tuple[Plan, ...]
             request.D,
             limits,
             precision=request.precision,
-            fast=fast,
         )
     )
+
+
+Chooser = Callable[[Request, "Limits"], "Plan"]
+_forced: list[Chooser] = []
+_changes = 0  # of _forced
+
+
+@contextmanager
+def forced(chooser: Chooser) -> Iterator[None]:
+    """Let ``chooser(request, limits)`` plan all layers of this process, as benchmarks need it."""
+    global _changes
+    _changes += 1
+    _forced.append(chooser)
+    try:
+        yield
+    finally:
+        _changes += 1
+        _forced.pop()
+
+
+def epoch() -> tuple[int, int, int]:
+    """Changes when :func:`choose_plan` may answer otherwise than before."""
+    return _changes, measured.plans.refresh(), measured.constants.refresh()
 
 
 def choose_plan(request: Request, limits: "Limits", device: torch.device) -> "Plan":
@@ -77,16 +95,18 @@ def choose_plan(request: Request, limits: "Limits", device: torch.device) -> "Pl
     Raises:
         DoesNotFit: there is no plan.
     """
-    found = planned(request, limits, device.type == "cuda")
+    if _forced:
+        return _forced[-1](request, limits)
+    found = planned(request, limits)
     if device.type != "cuda":
         return found[0]
-    remembered = _read().get(request.key(device))
+    remembered = measured.plans.get(request.key(device))
     for plan in found:
         if _marks(plan) == remembered:
             return plan
-    wanted = os.environ.get("FUSED_RNN_TUNE") == "1"
-    traced = type(torch.empty(0)) is not Tensor  # a tracer's tensors hold nothing to be timed
-    if wanted and not traced and not torch.cuda.is_current_stream_capturing():
+    # A tracer's tensors hold nothing to be timed.
+    wanted = os.environ.get("FUSED_RNN_TUNE") == "1" and type(torch.empty(0)) is Tensor
+    if wanted and not torch.cuda.is_current_stream_capturing():
         return measure(request, limits, device)
     return found[0]
 
@@ -103,13 +123,26 @@ def measure(
         request: what to plan.
         limits: the chip.
         device: where to run.
-        timer: milliseconds of both sweeps under a plan; by default they are run.
+        timer: milliseconds of both sweeps under a plan; by default they are run. A plan for which
+            it raises RuntimeError is out, with a warning.
+
+    Raises:
+        RuntimeError: all of them failed.
     """
     timer = timer or time_sweeps
-    candidates = planned(request, limits, True)[:CANDIDATES]
-    times = {plan: timer(plan, request, device) for plan in candidates}
+    times: dict[Plan, float] = {}
+    failures: list[str] = []
+    for plan in planned(request, limits)[:CANDIDATES]:
+        try:
+            times[plan] = timer(plan, request, device)
+        except RuntimeError as error:  # noqa: PERF203
+            failures.append(str(error))
+    if not times:
+        raise RuntimeError("no plan could be timed: " + "; ".join(failures))
+    if failures:
+        warnings.warn(f"Some plans could not be timed: {'; '.join(failures)}", stacklevel=2)
     best = min(times, key=lambda plan: times[plan])
-    _remember(request.key(device), _marks(best))
+    measured.plans.remember(request.key(device), _marks(best))
     return best
 
 
@@ -158,8 +191,9 @@ def tune(layer: FusedRNNBase, x: Tensor | PackedSequence) -> "tuple[Plan, ...]":
         TypeError: ``layer`` is not a fused layer.
         ValueError: ``x`` does not fit the layer, as in a call.
     """
+    from fused_rnn.devices import device_limits
     from fused_rnn.explain import problem_of
-    from fused_rnn.triton_backend import TritonEngine, device_limits, make_engine
+    from fused_rnn.triton_backend import TritonEngine, make_engine
 
     problem, device, dtype = problem_of(layer, x)
     engine = make_engine(problem, device, dtype, layer.hidden_size, layer.proj_size > 0)
@@ -182,32 +216,3 @@ def tune(layer: FusedRNNBase, x: Tensor | PackedSequence) -> "tuple[Plan, ...]":
 def _marks(plan: "Plan") -> list[Any]:
     """What tells a plan from the other ones for the same request."""
     return [plan.regime, plan.block_h, plan.block_k, plan.block_b, plan.warps]
-
-
-def _file() -> Path:
-    folder = os.environ.get("FUSED_RNN_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "fused_rnn") / "plans.json"
-
-
-@lru_cache(maxsize=1)
-def _parsed(path: Path, changed: int) -> dict[str, list[Any]]:
-    plans: dict[str, list[Any]] = json.loads(path.read_text())
-    return plans
-
-
-def _read() -> dict[str, list[Any]]:
-    path = _file()
-    try:
-        changed = path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return {}
-    return _parsed(path, changed)
-
-
-def _remember(key: str, marks: list[Any]) -> None:
-    path = _file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_read() | {key: marks}, indent=1, sort_keys=True)
-    fresh = path.with_suffix(f".{os.getpid()}")  # replaced at once: others may be reading
-    fresh.write_text(text)
-    fresh.replace(path)

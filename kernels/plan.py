@@ -43,8 +43,9 @@ class Limits:
         registers: of one thread.
         warps: as many of a program as may use all those registers.
         wide_mma: a plain dot of 64 rows or more becomes wgmma or tcgen05, not mma.sync.
-        fast_tanh: tanh.approx.f32 exists.
+        fast_tanh: tanh.approx.f32 exists, and inline assembly to reach it.
         groups: programs of a launch can wait for each other.
+        hop_us: microseconds of a barrier among them, from release to acquire; see `step_cycles`.
     """
 
     target: int | str
@@ -60,6 +61,7 @@ class Limits:
     wide_mma: bool = False
     fast_tanh: bool = True
     groups: bool = True
+    hop_us: float = 0.65
 
 
 _K = 1024
@@ -461,7 +463,6 @@ def _launches(case: _Case, plan: Plan) -> int:
     return -(-tiles // max(1, plan.tiles)) * -(-case.D // max(1, plan.directions))
 
 
-HOP_US = 0.65  # see below
 L2_BYTES = 64
 
 
@@ -474,7 +475,8 @@ def step_cycles(case: _Case, plan: Plan) -> float:
                      architecture through microbenchmarking", arXiv 2501.12084)
         64 B/cycle   from L2 to one SM; 128 B/cycle from shared memory (CUDA programming guides)
         300 cycles   a load that hits L2 (the same paper: 260 to 280, and the way back)
-        0.65 us      release to acquire between programs (an H100, by the flash-vla project)
+        0.65 us      release to acquire between programs (an H100, by the flash-vla project), unless
+                     `python -m fused_rnn.check --remember` has measured it on this GPU
         400 cycles   block barriers, conversions between layouts; 150 more where there are more
                      threads than units, 50 per tile of weights, 35 per slot and sequence of a
                      thread for the pointwise part (fitted to estimates from our machine code)
@@ -498,7 +500,7 @@ def step_cycles(case: _Case, plan: Plan) -> float:
     if plan.members == 1:
         return local + chain
     kept = case.gates * plan.block_h * columns * case.itemsize
-    hop = 2 * (1000 * HOP_US * limits.clock + 300)
+    hop = 2 * (1000 * limits.hop_us * limits.clock + 300)
     exchange = columns * plan.block_b * (case.itemsize + 4 + 4) / L2_BYTES
     if plan.regime == "streamed":
         all_weights = plan.members * kept

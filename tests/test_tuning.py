@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_rnn
-from fused_rnn import tuning
+from fused_rnn import measured, tuning
 from fused_rnn.kernels.plan import LIMITS, DoesNotFit, Plan
 
 CUDA = torch.device("cuda")
 REQUEST = tuning.Request("lstm", 512, torch.bfloat16, 16, 1, "tf32")
-GUESSES = tuning.planned(REQUEST, LIMITS[90], True)
+GUESSES = tuning.planned(REQUEST, LIMITS[90])
 
 
 def second_is_best(plan: Plan, request: tuning.Request, device: torch.device) -> float:
@@ -22,13 +23,15 @@ def second_is_best(plan: Plan, request: tuning.Request, device: torch.device) ->
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where plans are remembered; a GPU is pretended."""
     monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FUSED_RNN_TUNE", raising=False)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A GPU")
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
-    return tmp_path / "cache"
+    measured.plans.forget()
+    yield tmp_path / "cache"
+    measured.plans.forget()
 
 
 def test_the_winner_is_remembered(cache: Path) -> None:
@@ -64,7 +67,7 @@ def test_the_best_guesses_are_timed() -> None:
 def test_what_it_holds_for(change: dict[str, object], known: bool) -> None:
     tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
     other = dataclasses.replace(REQUEST, **change)  # type: ignore[arg-type]
-    guesses = tuning.planned(other, LIMITS[90], True)
+    guesses = tuning.planned(other, LIMITS[90])
     chosen = tuning.choose_plan(other, LIMITS[90], CUDA)
     assert (chosen != guesses[0]) is known
 

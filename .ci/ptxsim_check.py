@@ -35,7 +35,7 @@ from fused_rnn.kernels.group import LINE  # noqa: E402
 from fused_rnn.kernels.plan import LIMITS, SPECS, make_plan  # noqa: E402
 from fused_rnn.problem import Extras, Layer, Masks  # noqa: E402
 from fused_rnn.rows import Rows  # noqa: E402
-from fused_rnn.triton_backend import TritonEngine  # noqa: E402
+from fused_rnn.triton_engine import TritonEngine  # noqa: E402
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 KERNELS = {

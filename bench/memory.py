@@ -20,7 +20,7 @@ from fused_rnn.cells import BY_NAME
 from fused_rnn.kernels.plan import LIMITS, make_plan
 from fused_rnn.problem import Layer
 from fused_rnn.rows import Rows
-from fused_rnn.triton_backend import TritonEngine
+from fused_rnn.triton_engine import TritonEngine
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: set[int]) -> int:

@@ -12,9 +12,8 @@ from bench.adapter import Forward, Provider, first
 from bench.cases import Case
 from bench.peers import FlashRNN, Haste, TorchRL
 from bench.timing import Run
-from fused_rnn import triton_backend, tuning
+from fused_rnn import devices, triton_backend, tuning
 from fused_rnn.cells import BY_NAME
-from fused_rnn.devices import UnknownDevice, device_limits, kernel_device
 from fused_rnn.kernels.plan import DoesNotFit, Plan
 
 
@@ -70,18 +69,18 @@ class Fused(Provider):
 
     def plan(self, case: Case, device: torch.device) -> Plan | None:
         """Of the regime, or the one that is taken by itself; None if there is none."""
-        if kernel_device(device) is None:
+        if devices.kernel_device(device) is None:
             return None
         if triton_backend.refusal(case.torch_dtype, False):
             return None
         D, precision = case.directions * case.heads, "ieee" if case.dtype == "fp32" else "tf32"
         request = tuning.Request(case.cell, case.H, case.torch_dtype, case.B, D, precision)  # type: ignore[arg-type]
         try:
-            limits = device_limits(device)
+            limits = devices.device_limits(device)
             if self.regime is None:
                 return tuning.choose_plan(request, limits, device)
             found = tuning.planned(request, limits)
-        except (DoesNotFit, UnknownDevice):
+        except (DoesNotFit, devices.UnknownDevice):
             return None
         return next((plan for plan in found if plan.regime == self.regime), None)
 
@@ -89,7 +88,7 @@ class Fused(Provider):
         sweep = mode.startswith("sweep")
         if sweep and (case.packed or case.bidirectional or self.recompute):
             return "sweeps alone are timed for one direction, one length, saved gates"
-        if (sweep or self.regime) and kernel_device(device) is None:
+        if (sweep or self.regime) and devices.kernel_device(device) is None:
             return "the kernels need a GPU"
         if (sweep or self.regime) and self.plan(case, device) is None:
             return f"the planner has no {self.regime or 'plan'} here"

@@ -88,23 +88,11 @@ class FusedRNNBase(nn.Module):
         self.recurrent_dropout = float(recurrent_dropout)
         self.learn_h0 = learn_h0
         self.clip_recurrent_grad = clip_recurrent_grad
+        self._layout = self._make_layout()
 
-        rows = self._cell.gates * hidden_size
-        carried = proj_size or hidden_size
-        shapes = {
-            "weight_ih": (rows, input_size),
-            "weight_hh": (rows, carried),
-            "bias_ih": (rows,),
-            "bias_hh": (rows,),
-            "weight_hr": (proj_size, hidden_size),
-        }
-        for layer, names in enumerate(self._names()):
-            if layer == self._directions:  # the first layer is done: the others read its output
-                shapes["weight_ih"] = (rows, carried * self._directions)
-            for name in names:
-                shape = shapes[name.rsplit("_l", 1)[0]]
-                parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-                self.register_parameter(name, parameter)
+        for name, shape in [e for layer in self._layout for d in layer for e in d if e is not None]:
+            parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
         if learn_h0:
             for name, width in zip(("h_0", "c_0"), self._state_widths, strict=False):
                 shape = (num_layers * self._directions, width)
@@ -120,17 +108,6 @@ class FusedRNNBase(nn.Module):
     def _directions(self) -> int:
         return 2 if self.bidirectional else 1
 
-    def _names(self) -> list[list[str]]:
-        """torch.nn's parameter names, one list for each layer and direction."""
-        kinds = ["weight_ih", "weight_hh"]
-        kinds += ["bias_ih", "bias_hh"] if self.bias else []
-        kinds += ["weight_hr"] if self.proj_size else []
-        return [
-            [f"{kind}_l{layer}{'_reverse' if d else ''}" for kind in kinds]
-            for layer in range(self.num_layers)
-            for d in range(self._directions)
-        ]
-
     def _weights(self) -> list[list[Weights]]:
         """The parameters by layer and direction, read afresh: nothing is cached past a change.
 
@@ -139,35 +116,31 @@ class FusedRNNBase(nn.Module):
         Raises:
             RuntimeError: one was replaced by a tensor of another size.
         """
-        rows, carried = self._cell.gates * self.hidden_size, self.proj_size or self.hidden_size
-        width, found = self.input_size, []
-        for layer in range(self.num_layers):
-            directions = []
-            for suffix in ("", "_reverse")[: self._directions]:
-                w = Weights(
-                    self._read(f"weight_ih_l{layer}{suffix}", (rows, width)),
-                    self._read(f"weight_hh_l{layer}{suffix}", (rows, carried)),
-                    self._read(f"bias_ih_l{layer}{suffix}", (rows,)) if self.bias else None,
-                    self._read(f"bias_hh_l{layer}{suffix}", (rows,)) if self.bias else None,
-                    self._read(f"weight_hr_l{layer}{suffix}", (carried, self.hidden_size))
-                    if self.proj_size
-                    else None,
-                )
-                directions.append(w)
-            found.append(directions)
-            width = carried * self._directions
-        return found
+        read = self._read
+        return [
+            [
+                Weights._make([None if entry is None else read(*entry) for entry in direction])
+                for direction in directions
+            ]
+            for directions in self._layout
+        ]
 
     def _read(self, name: str, size: tuple[int, ...]) -> Tensor:
-        tensor: Tensor = getattr(self, name)
+        tensor: Any = self._parameters.get(name)  # sooner than __getattr__, where it is one
+        if tensor is None:
+            tensor = getattr(self, name)
         if tensor.shape != size:
             raise RuntimeError(f"Expected {name} of size {size}, got {tuple(tensor.shape)}")
-        return tensor
+        return tensor  # type: ignore[no-any-return]
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
         """The parameters of each layer and direction."""
-        return [[getattr(self, name) for name in names] for names in self._names()]
+        return [
+            [getattr(self, entry[0]) for entry in direction if entry is not None]
+            for layer in self._layout
+            for direction in layer
+        ]
 
     def reset_parameters(self) -> None:
         """Draw every parameter from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does.
@@ -187,6 +160,18 @@ class FusedRNNBase(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, also of a version that did not know every attribute."""
         super().__setstate__({"proj_size": 0, "backend": "auto"} | EXTRAS | state)
+        self._layout = self._make_layout()
+
+    def _make_layout(self) -> "list[list[list[_Entry | None]]]":
+        return _layout_of(
+            self._cell.gates,
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            self._directions,
+            self.bias,
+            self.proj_size,
+        )
 
     def extra_repr(self) -> str:
         """torch.nn's, with what else is not as by default."""
@@ -217,8 +202,9 @@ class FusedRNNBase(nn.Module):
         ``weight`` is weight_ih_l0 where the caller has read it already.
         """
         like: Any = self.weight_ih_l0 if weight is None else weight
-        autocast = autocast_dtype(input) is not None and like.dtype != torch.float64
-        if input.dtype != like.dtype and not autocast:
+        if input.dtype != like.dtype and (
+            autocast_dtype(input) is None or like.dtype == torch.float64
+        ):
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({like.dtype}). "
                 f"Convert input: input.to({like.dtype}), "
@@ -379,8 +365,10 @@ class FusedRNNBase(nn.Module):
     def _initial(self, x: Tensor, B: int, learned: States | None) -> States:
         if learned is not None:
             return tuple([s[:, None].expand(-1, B, -1).to(x.dtype) for s in learned])
-        count = self.num_layers * self._directions
-        return tuple(x.new_zeros(count, B, width) for width in self._state_widths)
+        count, widths = self.num_layers * self._directions, self._state_widths
+        if len(widths) == 2 and widths[0] == widths[1]:  # one call for both
+            return x.new_zeros(2, count, B, widths[0]).unbind()
+        return tuple([x.new_zeros(count, B, width) for width in widths])
 
     def _learned(self, hx: States | None, reset: Tensor | None) -> States | None:
         """The learned initial states [L*D, .] if this call needs any; read once, as weights are."""
@@ -442,6 +430,31 @@ class FusedRNNBase(nn.Module):
         if self.num_layers == 1:
             return found, finals[0]
         return found, tuple(torch.cat(same) for same in zip(*finals, strict=True))
+
+
+_Entry = tuple[str, tuple[int, ...]]  # the name of a parameter, and its size
+
+
+def _layout_of(
+    gates: int, I: int, H: int, layers: int, directions: int, bias: bool, projection: int
+) -> list[list[list[_Entry | None]]]:
+    """By layer and direction, the entries of :class:`fused_rnn.problem.Weights`."""
+    rows, carried, width = gates * H, projection or H, I
+    found = []
+    for layer in range(layers):
+        mine = []
+        for suffix in ("", "_reverse")[:directions]:
+            sizes = (rows, width), (rows, carried), (rows,), (rows,), (carried, H)
+            kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+            there = (True, True, bias, bias, projection > 0)
+            entries = [
+                (f"{kind}_l{layer}{suffix}", size) if here else None
+                for kind, size, here in zip(kinds, sizes, there, strict=True)
+            ]
+            mine.append(entries)
+        found.append(mine)
+        width = carried * directions
+    return found
 
 
 _CELLS = {

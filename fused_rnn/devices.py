@@ -5,6 +5,7 @@ package follows.
 """
 
 import os
+import warnings
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,27 @@ def device_limits(device: torch.device) -> "Limits":
         shared=properties.shared_memory_per_block_optin,
         sm_shared=properties.shared_memory_per_multiprocessor,
     )
+    limits = replace(limits, programs=_refused.get(device))
     hop_us = measured.constants.get(hop_key(device))
     return limits if hop_us is None else replace(limits, hop_us=float(hop_us))
+
+
+_refused: dict[torch.device, int] = {}
+
+
+def limit_programs(device: torch.device, programs: int) -> None:
+    """Plan groups with at most so many programs in a launch, since the driver refused more.
+
+    It may hold less than the chip does, where processes share it (MPS) or it is cut (MIG).
+    """
+    if device not in _refused:
+        warnings.warn(
+            f"{device} refused a cooperative launch that its multiprocessors have room for: it may "
+            "be shared (MPS) or cut (MIG). Layers are planned with fewer programs from now on.",
+            stacklevel=2,
+        )
+    _refused[device] = programs
+    device_limits.cache_clear()
 
 
 def hop_key(device: torch.device) -> str:

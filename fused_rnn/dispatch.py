@@ -12,6 +12,7 @@ from fused_rnn import cpu, onednn, step, triton_backend
 from fused_rnn.problem import Engine, Layer, Saved
 
 Backend = Literal["auto", "triton", "cpu", "eager"]
+BACKENDS = get_args(Backend)
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Choice:
 
 def check_backend(backend: str) -> None:
     """Raise ValueError unless ``backend`` names one."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"Unknown backend '{backend}'. Select from {get_args(Backend)}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown backend '{backend}'. Select from {BACKENDS}.")
 
 
 def choose_for(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_rnn.cells import Cell
 from fused_rnn.problem import Extras, Layer, Masks
+from fused_rnn.tracing import exporting
 
 
 def prepare(
@@ -30,7 +31,7 @@ def prepare(
 ) -> tuple[Extras, Masks] | None:
     """The extras of one call of :func:`fused_rnn.functional.rnn_layer`, None if there are none."""
     zoned, dropped = zoneout > 0, training and recurrent_dropout > 0
-    if not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
+    if not (torch.is_grad_enabled() or exporting()):
         clip_recurrent_grad = None  # there will be none; an exported graph may see one later
     tensors = lengths is not None or reset is not None
     if not (zoned or dropped or tensors or return_cell_sequence or clip_recurrent_grad is not None):

@@ -66,25 +66,30 @@ def rnn_layer(
         RuntimeError: ``backend`` cannot run this layer.
         ValueError: ``backend`` is not a backend's name.
     """
-    found = extras.prepare(
-        cell,
-        x,
-        h0,
-        c0,
-        lengths=lengths,
-        reset=reset,
-        restart=restart,
-        zoneout=zoneout,
-        recurrent_dropout=recurrent_dropout,
-        clip_recurrent_grad=clip_recurrent_grad,
-        return_cell_sequence=return_cell_sequence,
-        training=training,
-        generator=generator,
-    )
-    more, masks = (None, ()) if found is None else found
-    if lengths is not None:
-        x = extras.without_padding(x, lengths)
-    inputs = (x, h0, c0, *(p for w in weights for p in w), *masks)
+    more: Extras | None = None
+    masks: Saved = ()
+    with_tensors = lengths is not None or reset is not None
+    if with_tensors or zoneout or recurrent_dropout or return_cell_sequence or clip_recurrent_grad:
+        found = extras.prepare(
+            cell,
+            x,
+            h0,
+            c0,
+            lengths=lengths,
+            reset=reset,
+            restart=restart,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            clip_recurrent_grad=clip_recurrent_grad,
+            return_cell_sequence=return_cell_sequence,
+            training=training,
+            generator=generator,
+        )
+        if found is not None:
+            more, masks = found
+        if lengths is not None:
+            x = extras.without_padding(x, lengths)
+    inputs = (x, h0, c0, *[p for w in weights for p in w], *masks)
     dtype = autocast_dtype(x)
     if dtype is None:
         return _run(cell, rows, len(weights), recompute, more, inputs, backend)
@@ -107,7 +112,8 @@ def _run(
     if rows.B == 0:
         return _nothing(rows, directions, more, inputs)
     layer = Layer(cell, rows, directions, recompute, more)
-    if more == Extras() and backend in ("auto", "cpu") and not transforms.active():
+    by_lengths = more is not None and more == Extras()
+    if by_lengths and backend in ("auto", "cpu") and not transforms.active():
         found = _by_stretches(layer, inputs, backend)
         if found is not None:
             return found

@@ -89,7 +89,7 @@ def _twin(layer: nn.Module, cls: type[nn.Module], extra: dict[str, Any]) -> nn.M
         setattr(twin, name, parameter)
     own = twin.__dict__
     private = {"_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights"}
-    private |= {"_parameters", "_modules", "backend", *EXTRAS}
+    private |= {"_parameters", "_modules", "_layout", "backend", *EXTRAS}
     own.update({k: v for k, v in layer.__dict__.items() if k not in private})
     if isinstance(twin, nn.RNNBase):
         twin.flatten_parameters()

@@ -18,6 +18,7 @@ from fused_rnn.cells import BY_NAME
 from fused_rnn.dispatch import Backend
 from fused_rnn.problem import Engine, Extras, Layer, Masks, Outputs, Saved, Weights
 from fused_rnn.rows import Rows
+from fused_rnn.tracing import exporting
 
 
 @dataclass(frozen=True)
@@ -376,7 +377,7 @@ def run(
     tensors = _present(inputs)
     # An exported graph may serve inference or training: there backward runs forward once more,
     # so that inference need not save anything.
-    save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    save = torch.is_grad_enabled() and not exporting()
     save = save and any(t.requires_grad for t in tensors)
     masks = [False] * len(Masks._fields)
     if extras is not None:

@@ -1,11 +1,14 @@
 """What products are computed in: autocast's type; for fp32 on a GPU, by the switch of nn.LSTM."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+# From whom a setting of "none" is inherited; read in every call of a layer.
+_HOLDERS: tuple[Any, ...] = (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends)
+_MATMUL: Any = torch.backends.cuda.matmul
 
 
 def rnn_precision() -> Literal["ieee", "tf32"]:
@@ -14,8 +17,7 @@ def rnn_precision() -> Literal["ieee", "tf32"]:
     ``torch.backends.cudnn.rnn.fp32_precision``, or what it inherits from; before PyTorch 2.9
     ``torch.backends.cudnn.allow_tf32``.
     """
-    holders: tuple[Any, ...] = (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends)
-    for holder in holders:
+    for holder in _HOLDERS:
         setting = getattr(holder, "fp32_precision", None)
         if setting is None:
             return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
@@ -36,8 +38,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def _autocast_is_on(device: torch.device) -> bool:
     kind = device.type
-    if kind == "cpu":
-        return torch.is_autocast_enabled("cpu")
+    if kind in ("cpu", "cuda"):
+        return torch.is_autocast_enabled(kind)
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
@@ -48,19 +50,23 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-@contextmanager
-def matmul_precision(setting: str) -> Iterator[None]:
+class matmul_precision(AbstractContextManager[None]):
     """Let fp32 matrix products on CUDA follow ``setting``, and restore the user's own after."""
-    matmul: Any = torch.backends.cuda.matmul
-    try:
-        name, value, before = "fp32_precision", setting, matmul.fp32_precision
-    except AttributeError:  # before PyTorch 2.9
-        name, value, before = "allow_tf32", setting == "tf32", matmul.allow_tf32  # type: ignore[assignment]
-    if value == before:
-        yield
-        return
-    setattr(matmul, name, value)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
+
+    def __init__(self, setting: Literal["ieee", "tf32"]) -> None:
+        self.setting = setting
+
+    def __enter__(self) -> None:
+        value: Any = self.setting
+        self.name, self.before = "fp32_precision", None
+        try:
+            before = _MATMUL.fp32_precision
+        except AttributeError:  # before PyTorch 2.9
+            self.name, before, value = "allow_tf32", _MATMUL.allow_tf32, self.setting == "tf32"
+        if value != before:
+            self.before = before
+            setattr(_MATMUL, self.name, value)
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is not None:
+            setattr(_MATMUL, self.name, self.before)

@@ -1,6 +1,6 @@
 """Where the rows of each time step lie: one layout for uniform and for variable-length batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -50,7 +50,7 @@ class Rows:
             return cls(len(sizes), sizes[0])
         return cls(len(sizes), sizes[0], sizes)
 
-    @property
+    @cached_property
     def N(self) -> int:
         """Rows in all."""
         return self.T * self.B if self.batch_sizes is None else sum(self.batch_sizes)
@@ -86,7 +86,7 @@ class Rows:
         if self.batch_sizes is None:
             rest = state[self.B :] if reverse else state[: self.N - self.B]
             return torch.cat([rest, initial] if reverse else [initial, rest])
-        index = self._index[2 if reverse else 1].to(state.device)
+        index = self._previous_rows(state.device, reverse)
         return torch.cat([initial, state]).index_select(0, index)
 
     def recurrent_product(
@@ -102,14 +102,9 @@ class Rows:
         product = dgates[rest].t() @ state[before]
         return product.addmm_(dgates[first].t(), initial.to(state.dtype))
 
-    def on(self, device: torch.device) -> Any:
-        """The same rows for the kernels, see :class:`fused_rnn.kernels.forward.Rows`."""
-        from fused_rnn.kernels.forward import Rows as KernelRows
-
-        offsets = None
-        if self.batch_sizes is not None:
-            offsets = torch.tensor([0, *accumulate(self.batch_sizes)]).to(device)
-        return KernelRows(self.T, self.B, self.N, offsets)
+    def offsets(self, device: torch.device) -> Tensor | None:
+        """The first row of each step and N, int64 [T + 1]; None where all steps own ``B``."""
+        return None if self.batch_sizes is None else self._offsets(device)
 
     def last(self, state: Tensor, reverse: bool) -> Tensor:
         """The state [B, H] after each sequence's final step of the sweep, as a copy.
@@ -122,21 +117,58 @@ class Rows:
             return state[: self.B].clone()
         if self.batch_sizes is None:
             return state[self.N - self.B :].clone()
-        return state.index_select(0, self._index[0].to(state.device))
+        return state.index_select(0, self._last_rows(state.device))
+
+    # Offsets are copied to a device once, and all else is made from them there: the host waits for
+    # nothing, and both sweeps of all layers of a stack share it.
 
     @cached_property
-    def _index(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Each sequence's last row; and, for both directions, the row that came before each row.
+    def _kept(self) -> dict[Any, Tensor]:
+        return {}
 
-        The latter count the rows of ``cat([initial, state])``.
-        """
-        assert self.batch_sizes is not None
-        sizes = torch.tensor(self.batch_sizes)
-        offsets = sizes.cumsum(0) - sizes
-        length = (sizes[None, :] > torch.arange(self.B)[:, None]).sum(1)
-        last = offsets[length - 1] + torch.arange(self.B)
-        t = torch.repeat_interleave(torch.arange(self.T), sizes)
-        b = torch.arange(self.N) - offsets[t]
-        before = torch.where(t > 0, self.B + offsets[t - 1] + b, b)
-        after = torch.where(t + 1 < length[b], self.B + offsets[(t + 1) % self.T] + b, b)
-        return last, before, after
+    def _once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = make()
+        return found
+
+    def _offsets(self, device: torch.device) -> Tensor:
+        def make() -> Tensor:
+            assert self.batch_sizes is not None
+            return to_device(torch.tensor((0, *accumulate(self.batch_sizes))), device)
+
+        return self._once(("offsets", device), make)
+
+    def _previous_rows(self, device: torch.device, reverse: bool) -> Tensor:
+        """The row of ``cat([initial, state])`` that each row's step started from, int64 [N]."""
+
+        def make() -> Tensor:
+            offsets = self._offsets(device)
+            sizes, row = offsets.diff(), torch.arange(self.N, device=device)
+            if not reverse:  # the row of the step before is as far away as that step has rows
+                away = torch.constant_pad_nd(self.B - sizes[:-1], (1, 0))
+                return row + away.repeat_interleave(sizes, output_size=self.N)
+            following = torch.constant_pad_nd(sizes[1:], (0, 1))
+            steps = torch.stack([offsets[:-1], self.B + sizes, following])
+            first, away, running = steps.repeat_interleave(sizes, 1, output_size=self.N)
+            b = row - first
+            return torch.where(b < running, row + away, b)
+
+        return self._once(("previous", device, reverse), make)
+
+    def _last_rows(self, device: torch.device) -> Tensor:
+        """Each sequence's last row, int64 [B]."""
+
+        def make() -> Tensor:
+            offsets, b = self._offsets(device), torch.arange(self.B, device=device)
+            length = (offsets.diff() > b[:, None]).sum(1)
+            return offsets[length - 1] + b
+
+        return self._once(("last", device), make)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on ``device``, for which the host does not wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

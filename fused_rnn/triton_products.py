@@ -22,37 +22,50 @@ PRODUCTS = {1: (0,), 3: (0, 1, 3), 4: (0, 1, 2, 3)}
 
 def to_slots(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
     """Rows [G*H, ...] in torch.nn's order to [H * S, ...], (unit, slot); other slots are zero."""
-    S = 1 if len(slots) == 1 else 4
-    gates = rows.view(len(slots), -1, *rows.shape[1:])
-    if S == 1:
+    G = len(slots)
+    if G == 1:
         return rows
-    if slots == (0, 1, 2, 3):
-        return gates.transpose(0, 1).reshape(rows.shape)
-    result = rows.new_zeros(gates.shape[1], S, *rows.shape[1:])
-    result[:, list(slots)] = gates.transpose(0, 1)
-    return result.flatten(0, 1)
+    units = rows.view(G, -1, *rows.shape[1:]).transpose(0, 1)
+    if slots != (0, 1, 2, 3):
+        # No list of slots as an index: it would be copied to the device, and the host would wait.
+        rest = (0, 0) * (rows.dim() - 1)
+        if slots == tuple(range(G)):
+            units = torch.constant_pad_nd(units, (*rest, 0, 4 - G))
+        else:
+            gates = dict(zip(slots, units.unbind(1), strict=True))
+            none = units.new_zeros(units.shape[0], *rows.shape[1:])
+            units = torch.stack([gates.get(slot, none) for slot in range(4)], 1)
+    return units.reshape(-1, *rows.shape[1:])
 
 
 def from_slots(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
     """The inverse: rows [H * S, ...] to [G*H, ...]."""
-    if len(slots) == 1:
+    G = len(slots)
+    if G == 1:
         return rows
-    units = rows.view(-1, 4, *rows.shape[1:])
-    return units[:, list(slots)].transpose(0, 1).flatten(0, 1)
+    gates = rows.view(-1, 4, *rows.shape[1:]).transpose(0, 1)
+    if slots == tuple(range(G)):
+        return gates[:G].reshape(-1, *rows.shape[1:])
+    return torch.cat([gates[slot] for slot in slots])
 
 
 def recurrent_weights(layer: Layer, weights: list[Weights]) -> Tensor:
     """[D, G * H, H] with as many gates as the kernels multiply: those that a cell lacks are 0."""
     from fused_rnn.kernels.plan import SPECS
 
-    name, w_hh = layer.cell.name, torch.stack([w.w_hh for w in weights])
+    name = layer.cell.name
     product = PRODUCTS[SPECS[name].gates]
     if H_SLOTS[name] == product:
-        return w_hh
-    D, _, H = w_hh.shape
-    padded = w_hh.new_zeros(D, len(product), H, H)
-    padded[:, [product.index(slot) for slot in H_SLOTS[name]]] = w_hh.view(D, -1, H, H)
-    return padded.flatten(1, 2)
+        if len(weights) == 1:
+            return weights[0].w_hh.contiguous().unsqueeze(0)
+        return torch.stack([w.w_hh for w in weights])
+    G, H = len(H_SLOTS[name]), weights[0].w_hh.shape[1]
+    none = weights[0].w_hh.new_zeros(H, H)
+    parts = []
+    for w in weights:
+        gates = dict(zip(H_SLOTS[name], w.w_hh.view(G, H, H), strict=True))
+        parts += [gates.get(slot, none) for slot in product]
+    return torch.stack(parts).view(len(weights), -1, H)
 
 
 def splits_last_gate(cell: str) -> bool:
@@ -64,11 +77,11 @@ def _input_bias(layer: Layer, w: Weights) -> Tensor | None:
     """All biases but that of a recurrent part with a slot of its own, by (unit, slot)."""
     if w.b_ih is None or w.b_hh is None:
         return None
-    bias = w.b_ih + w.b_hh
+    slots, bias = X_SLOTS[layer.cell.name], w.b_ih + w.b_hh
     if splits_last_gate(layer.cell.name):
-        last = bias.shape[0] - w.w_hh.shape[1]
+        last = -w.w_hh.shape[1]
         bias = torch.cat([bias[:last], w.b_ih[last:]])
-    return to_slots(bias, X_SLOTS[layer.cell.name])
+    return to_slots(bias, slots)
 
 
 def recurrent_bias(layer: Layer, weights: list[Weights]) -> Tensor | None:
@@ -76,21 +89,28 @@ def recurrent_bias(layer: Layer, weights: list[Weights]) -> Tensor | None:
     if not splits_last_gate(layer.cell.name):
         return None
     H = weights[0].w_hh.shape[1]
-    return torch.stack([w.w_hh.new_zeros(H) if w.b_hh is None else w.b_hh[-H:] for w in weights])
+    found = [w.w_hh.new_zeros(H) if w.b_hh is None else w.b_hh[-H:] for w in weights]
+    return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
 
 
 def project(layer: Layer, x: Tensor, weights: list[Weights]) -> Tensor:
     """The input part of the pre-activations with the biases, [D, N, H, S]."""
     H, slots = weights[0].w_hh.shape[1], X_SLOTS[layer.cell.name]
     S = 1 if len(slots) == 1 else 4
-    gates = x.new_empty(len(weights), x.shape[0], H * S)
-    for buffer, w in zip(gates, weights, strict=True):
-        w_ih, bias = to_slots(w.w_ih, slots), _input_bias(layer, w)
-        if bias is None:
-            torch.mm(x, w_ih.t(), out=buffer)
-        else:
-            torch.addmm(bias, x, w_ih.t(), out=buffer)
-    return gates.view(len(weights), x.shape[0], H, S)
+    shape = (len(weights), x.shape[0], H, S)
+    if len(weights) == 1:
+        return _project(layer, x, weights[0], None).view(shape)
+    gates = x.new_empty(shape)
+    for d, w in enumerate(weights):
+        _project(layer, x, w, gates[d].view(x.shape[0], H * S))
+    return gates
+
+
+def _project(layer: Layer, x: Tensor, w: Weights, out: Tensor | None) -> Tensor:
+    w_ih, bias = to_slots(w.w_ih, X_SLOTS[layer.cell.name]).t(), _input_bias(layer, w)
+    if bias is None:
+        return torch.mm(x, w_ih, out=out)
+    return torch.addmm(bias, x, w_ih, out=out)
 
 
 def rebuild_gates(
@@ -150,25 +170,25 @@ def gradients(
     dx: Tensor | None = None
     dflat: list[Tensor | None] = []
     for d, w in enumerate(weights):
-        flat = dgates[d].flatten(1)
+        flat = dgates[d].view(x.shape[0], -1)
         need = needs[3 + d * len(w) : 3 + (d + 1) * len(w)]
         if needs[0]:
             w_ih = to_slots(w.w_ih, x_slots)
             dx = flat @ w_ih if dx is None else dx.addmm_(flat, w_ih)
-        dw_hh = None
+        dw_ih = from_slots(flat.t() @ x, x_slots) if need[0] else None
+        dw_hh = db_ih = db_hh = None
         if need[1]:
             columns = slice(d * H, (d + 1) * H)
             if fed is None:
-                dw = layer.rows.recurrent_product(flat, out[:, columns], h0[d], d == 1)
+                state = out if len(weights) == 1 else out[:, columns]
+                dw = layer.rows.recurrent_product(flat, state, h0[d], d == 1)
             else:
                 dw = flat.t() @ fed[:, columns]
             dw_hh = from_slots(dw, h_slots)
-        bias = flat.sum(0) if need[2] or need[3] else None
-        dflat += [
-            from_slots(flat.t() @ x, x_slots) if need[0] else None,
-            dw_hh,
-            from_slots(bias, x_slots) if need[2] and bias is not None else None,
-            from_slots(bias, h_slots) if need[3] and bias is not None else None,
-            None,
-        ]
+        if need[2] or need[3]:
+            bias = flat.sum(0)
+            db_ih = from_slots(bias, x_slots) if need[2] or x_slots == h_slots else None
+            # The two biases of most cells have one gradient.
+            db_hh = db_ih if x_slots == h_slots else from_slots(bias, h_slots)
+        dflat += [dw_ih, dw_hh, db_ih if need[2] else None, db_hh if need[3] else None, None]
     return dx, dflat

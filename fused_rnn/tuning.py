@@ -9,26 +9,24 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import measured
-from fused_rnn.base import FusedRNNBase
 
 if TYPE_CHECKING:
+    from fused_rnn.base import FusedRNNBase
     from fused_rnn.kernels.plan import Limits, Plan
 
 CANDIDATES = 6  # plans that are timed, the best guesses
 STEPS = 64  # of a timed sequence: enough that the launch does not count
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a plan is asked for; see :func:`fused_rnn.kernels.plan.plans`."""
 
     cell: str
@@ -68,25 +66,16 @@ def planned(request: Request, limits: "Limits") -> "tuple[Plan, ...]":
 
 Chooser = Callable[[Request, "Limits"], "Plan"]
 _forced: list[Chooser] = []
-_changes = 0  # of _forced
 
 
 @contextmanager
 def forced(chooser: Chooser) -> Iterator[None]:
     """Let ``chooser(request, limits)`` plan all layers of this process, as benchmarks need it."""
-    global _changes
-    _changes += 1
     _forced.append(chooser)
     try:
         yield
     finally:
-        _changes += 1
         _forced.pop()
-
-
-def epoch() -> tuple[int, int, int]:
-    """Changes when :func:`choose_plan` may answer otherwise than before."""
-    return _changes, measured.plans.refresh(), measured.constants.refresh()
 
 
 def choose_plan(request: Request, limits: "Limits", device: torch.device) -> "Plan":
@@ -97,18 +86,35 @@ def choose_plan(request: Request, limits: "Limits", device: torch.device) -> "Pl
     """
     if _forced:
         return _forced[-1](request, limits)
-    found = planned(request, limits)
     if device.type != "cuda":
-        return found[0]
+        return planned(request, limits)[0]
+    version = measured.plans.refresh()
+    chosen = _chosen.get((request, device))
+    if chosen is None or chosen[:2] != (version, limits):
+        plan, settled = _choose(request, limits, device)
+        if not settled:
+            return plan
+        chosen = _chosen[request, device] = (measured.plans.version, limits, plan)
+    return chosen[2]
+
+
+# What was chosen, for which version of the measured plans and what limits.
+_chosen: "dict[tuple[Request, torch.device], tuple[int, Limits, Plan]]" = {}
+
+
+def _choose(request: Request, limits: "Limits", device: torch.device) -> "tuple[Plan, bool]":
+    """The plan, and whether it is to be kept."""
+    found = planned(request, limits)
     remembered = measured.plans.get(request.key(device))
     for plan in found:
         if _marks(plan) == remembered:
-            return plan
+            return plan, True
+    if os.environ.get("FUSED_RNN_TUNE") != "1":
+        return found[0], True
     # A tracer's tensors hold nothing to be timed.
-    wanted = os.environ.get("FUSED_RNN_TUNE") == "1" and type(torch.empty(0)) is Tensor
-    if wanted and not torch.cuda.is_current_stream_capturing():
-        return measure(request, limits, device)
-    return found[0]
+    if type(torch.empty(0)) is not Tensor or torch.cuda.is_current_stream_capturing():
+        return found[0], False
+    return measure(request, limits, device), True
 
 
 def measure(
@@ -176,7 +182,7 @@ def time_sweeps(plan: "Plan", request: Request, device: torch.device) -> float:
         return float(do_bench(sweeps, return_mode="median"))
 
 
-def tune(layer: FusedRNNBase, x: Tensor | PackedSequence) -> "tuple[Plan, ...]":
+def tune(layer: "FusedRNNBase", x: Tensor | PackedSequence) -> "tuple[Plan, ...]":
     """Time the best plans for ``layer`` on inputs like ``x``, and use the winner from now on.
 
     Args:
@@ -193,7 +199,8 @@ def tune(layer: FusedRNNBase, x: Tensor | PackedSequence) -> "tuple[Plan, ...]":
     """
     from fused_rnn.devices import device_limits
     from fused_rnn.explain import problem_of
-    from fused_rnn.triton_backend import TritonEngine, make_engine
+    from fused_rnn.triton_backend import make_engine
+    from fused_rnn.triton_engine import TritonEngine
 
     problem, device, dtype = problem_of(layer, x)
     engine = make_engine(problem, device, dtype, layer.hidden_size, layer.proj_size > 0)

@@ -8,7 +8,8 @@ saved values alone, so they are formed one step ahead, beside the product:
     factors of step t - 1
 """
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,8 +25,9 @@ from fused_rnn.kernels.extras import (
     load_reset,
     zeros_where_ragged,
 )
-from fused_rnn.kernels.forward import NONE, Rows
-from fused_rnn.kernels.group import LINE, arrive, launch, wait
+from fused_rnn.kernels.forward import NONE, Rows, direction_bits
+from fused_rnn.kernels.group import LINE, arrive, launch_options, sweep_constants, wait
+from fused_rnn.kernels.launch import Variant, launch, sweep_kernel
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
     from_memory,
@@ -171,7 +173,7 @@ def load_step(
     return x, before
 
 
-@triton.jit(do_not_specialize=["T", "B", "N", "first_tile", "first_direction", "reverse", "zero"])
+@sweep_kernel
 def backward_kernel(
     gates,  # [D, N, H, S], as the forward sweep left them
     w,  # [D, G * H, H]
@@ -186,17 +188,17 @@ def backward_kernel(
     dc0,
     drestart_h,  # [D, B, H]
     drestart_c,
-    lengths,  # the next eight: see extras.py
+    lengths,  # the next six: see extras.py
     reset,
     restart,  # of what `initial` is the first state
     zone_h,
     zone_c,
-    zoneout,
     drop,
-    clip,
     offsets,  # [T + 1]
     counters,  # [batch tiles, D, 2, LINE]
     partials,  # [groups of a launch, 2, MEMBERS, MEMBERS, BLOCK_B, BLOCK_H] fp32
+    zoneout,  # see extras.py
+    clip,
     scale,  # 1.0
     zero,  # 0, but not to the compiler
     T,
@@ -501,6 +503,18 @@ def plan_constants(plan: Plan) -> dict[str, int]:
     return {"MS": plan.k_split * plan.m_split, "TOGETHER": max(1, min(8, together))}
 
 
+@lru_cache(maxsize=1024)
+def variant(
+    kernel: Any, plan: Plan, cell: str, functions: tuple[Any, ...], D: int, H: int, precision: str
+) -> Variant:
+    """The sweep of one cell, named ``cell``, under one plan."""
+    spec = SPECS[cell]
+    own = dict(zip(("FACTORS", "ADJOINT", "CELL_STATE"), functions, strict=True))
+    own |= {"G": spec.gates, "STATES": spec.states, "H": H, "PRECISION": precision}
+    constants = sweep_constants(plan, D) | plan_constants(plan) | own
+    return Variant(kernel, constants, launch_options(plan))
+
+
 def reverse_sweep(
     cell: str,
     gates: Tensor | None,
@@ -557,42 +571,43 @@ def reverse_sweep(
         groups = max(tiles * directions for _, tiles, _, directions in plan.launches(rows.B, D))
         size = 2 * plan.members**2 * plan.block_h * plan.block_b
         partials = torch.empty(groups * size, dtype=torch.float32, device=out.device)
-    launch(
-        backward_kernel,
-        plan,
-        rows.B,
-        D,
-        out.device,
-        gates=gates if spec.slots == 4 or extras.zoned else None,
-        w=weight_hh,
-        states=states,
-        initial=initial.to(states.dtype) if spec.slots == 4 else None,
-        dout=dout,
-        dc_seq=dc_seq,
-        dh_n=dh_n,
-        dc_n=dc_n,
-        dgates=dgates,
-        dh0=dh0,
-        dc0=dc0,
-        drestart_h=drestart_h,
-        drestart_c=drestart_c,
-        restart=restart.to(states.dtype) if spec.slots == 4 and restart is not None else None,
-        clip=extras.clip,
-        **extras.shared_arguments(),
-        offsets=rows.offsets,
-        partials=partials,
-        scale=1.0,
-        zero=0,
-        T=rows.T,
-        N=N,
-        reverse=sum(1 << d for d, r in enumerate(reverse) if r),
-        FACTORS=FACTORS[cell],
-        ADJOINT=ADJOINTS[cell],
-        CELL_STATE=CELL_STATES.get(cell),
-        G=spec.gates,
-        STATES=spec.states,
-        H=H,
-        PRECISION=precision,
-        **plan_constants(plan),
-    )
+    tensors = {
+        "gates": gates if spec.slots == 4 or extras.zoned else None,
+        "w": weight_hh,
+        "states": states,
+        "initial": initial.to(states.dtype) if spec.slots == 4 else None,
+        "dout": dout,
+        "dc_seq": dc_seq,
+        "dh_n": dh_n,
+        "dc_n": dc_n,
+        "dgates": dgates,
+        "dh0": dh0,
+        "dc0": dc0,
+        "drestart_h": drestart_h,
+        "drestart_c": drestart_c,
+        "lengths": extras.lengths,
+        "reset": extras.reset,
+        "restart": restart.to(states.dtype) if spec.slots == 4 and restart is not None else None,
+        "zone_h": extras.zone_h,
+        "zone_c": extras.zone_c,
+        "drop": extras.drop,
+        "offsets": rows.offsets,
+        "counters": None,
+        "partials": partials,
+    }
+    numbers = {
+        "zoneout": extras.zoneout,
+        "clip": extras.clip,
+        "scale": 1.0,
+        "zero": 0,
+        "T": rows.T,
+        "B": rows.B,
+        "N": N,
+        "first_tile": 0,
+        "first_direction": 0,
+        "reverse": direction_bits(reverse),
+    }
+    functions = (FACTORS[cell], ADJOINTS[cell], CELL_STATES.get(cell))
+    this = variant(backward_kernel, plan, cell, functions, D, H, precision)
+    launch(this, plan, D, out.device, tensors, numbers)
     return Gradients(dgates, dh0, dc0, drestart_h, drestart_c)

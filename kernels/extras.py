@@ -4,7 +4,6 @@ Each is switched on by the tensor that it needs. Without it, its code is not com
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -47,11 +46,6 @@ class Extras:
     def feeds(self) -> bool:
         """Whether the product takes something else than h0 and the h that are put out."""
         return any(x is not None for x in (self.lengths, self.reset, self.drop))
-
-    def shared_arguments(self) -> dict[str, Any]:
-        """What both sweeps are passed."""
-        names = ("lengths", "reset", "zone_h", "zone_c", "zoneout", "drop")
-        return {name: getattr(self, name) for name in names}
 
 
 def zeros_where_ragged(extras: Extras, *shape: int, dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ one product to the next:
     start loading x of step t + 1;  gates, c, h of step t;  W h;  store step t;  add x of step t + 1
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,7 +25,8 @@ from fused_rnn.kernels.extras import (
     load_restart,
     zeros_where_ragged,
 )
-from fused_rnn.kernels.group import LINE, arrive, launch, wait
+from fused_rnn.kernels.group import LINE, arrive, launch_options, sweep_constants, wait
+from fused_rnn.kernels.launch import Variant, launch, sweep_kernel
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
     from_memory,
@@ -44,8 +45,7 @@ from fused_rnn.kernels.weights import (
 )
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Where the rows of each time step lie.
 
     Attributes:
@@ -72,7 +72,7 @@ def put_hidden(x, hidden, m, WORDS: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["T", "B", "N", "first_tile", "first_direction", "reverse"])
+@sweep_kernel
 def forward_kernel(
     gates,  # [D, N, H, S]
     w,  # [D, G * H, H]
@@ -84,16 +84,16 @@ def forward_kernel(
     c_n,
     c_seq,  # [N, D * H]
     fed,  # [N, D * H]: the product's operand, where that is not h of the step before
-    lengths,  # the next eight: see extras.py
+    lengths,  # the next seven: see extras.py
     reset,
     restart_h,
     restart_c,
     zone_h,
     zone_c,
-    zoneout,
     drop,
     offsets,  # [T + 1]
     counters,  # [batch tiles, D, 2, LINE]
+    zoneout,  # see extras.py
     scale,  # 1.0
     T,
     B,
@@ -361,7 +361,7 @@ class Swept(NamedTuple):
 
     Attributes:
         h_n: [D, B, H] in the dtype of out.
-        c_n: [D, B, H] in fp32, LSTM only.
+        c_n: [D, B, H] in the dtype of out, LSTM only.
         c_seq: c after every step [N, D * H] in fp32, if it was saved or wanted.
         fed: what the recurrent product of each step took [N, D * H], if that is not h0 or out.
     """
@@ -375,6 +375,18 @@ class Swept(NamedTuple):
 def plan_constants(plan: Plan) -> dict[str, int]:
     """The constexpr arguments that this sweep alone takes from a plan."""
     return {"KS": plan.k_split, "MS": plan.m_split}
+
+
+@lru_cache(maxsize=1024)
+def variant(
+    kernel: Any, plan: Plan, cell: str, step: Any, D: int, H: int, save: bool, precision: str
+) -> Variant:
+    """The sweep of one cell, named ``cell``, under one plan."""
+    spec = SPECS[cell]
+    own = {"STEP": step, "G": spec.gates, "STATES": spec.states, "H": H, "SAVE": save}
+    own["PRECISION"] = precision
+    constants = sweep_constants(plan, D) | plan_constants(plan) | own
+    return Variant(kernel, constants, launch_options(plan))
 
 
 def forward_sweep(
@@ -417,10 +429,10 @@ def forward_sweep(
     """
     spec = SPECS[cell]
     D, N, H, _ = gates.shape
-    h_n = torch.empty(D, rows.B, H, dtype=out.dtype, device=out.device)
+    h_n = out.new_empty(D, rows.B, H)
     c_n = c_seq = fed = None
     if spec.states == 2:
-        c_n = torch.empty(D, rows.B, H, dtype=torch.float32, device=out.device)
+        c_n = out.new_empty(D, rows.B, H)
         if save or cells:
             c_seq = zeros_where_ragged(extras, N, D * H, dtype=torch.float32, like=out)
     group = plan.members > 1
@@ -428,36 +440,42 @@ def forward_sweep(
         fed = zeros_where_ragged(extras, N, D * H, dtype=out.dtype, like=out)
     if extras.lengths is not None:
         out.zero_()
-    launch(
-        forward_kernel,
-        plan,
-        rows.B,
-        D,
-        out.device,
-        gates=gates,
-        w=weight_hh,
-        bias=bias_hn,
-        h0=h0,
-        c0=c0,
-        out=out,
-        h_n=h_n,
-        c_n=c_n,
-        c_seq=c_seq,
-        fed=fed,
-        restart_h=extras.restart_h,
-        restart_c=extras.restart_c,
-        **extras.shared_arguments(),
-        offsets=rows.offsets,
-        scale=1.0,
-        T=rows.T,
-        N=N,
-        reverse=sum(1 << d for d, r in enumerate(reverse) if r),
-        STEP=STEPS[cell],
-        G=spec.gates,
-        STATES=spec.states,
-        H=H,
-        SAVE=save,
-        PRECISION=precision,
-        **plan_constants(plan),
-    )
+    tensors = {
+        "gates": gates,
+        "w": weight_hh,
+        "bias": bias_hn,
+        "h0": h0,
+        "c0": c0,
+        "out": out,
+        "h_n": h_n,
+        "c_n": c_n,
+        "c_seq": c_seq,
+        "fed": fed,
+        "lengths": extras.lengths,
+        "reset": extras.reset,
+        "restart_h": extras.restart_h,
+        "restart_c": extras.restart_c,
+        "zone_h": extras.zone_h,
+        "zone_c": extras.zone_c,
+        "drop": extras.drop,
+        "offsets": rows.offsets,
+        "counters": None,
+    }
+    numbers = {
+        "zoneout": extras.zoneout,
+        "scale": 1.0,
+        "T": rows.T,
+        "B": rows.B,
+        "N": N,
+        "first_tile": 0,
+        "first_direction": 0,
+        "reverse": direction_bits(reverse),
+    }
+    this = variant(forward_kernel, plan, cell, STEPS[cell], D, H, save, precision)
+    launch(this, plan, D, out.device, tensors, numbers)
     return Swept(h_n, c_n, c_seq, fed)
+
+
+def direction_bits(reverse: tuple[bool, ...]) -> int:
+    """Bit d says whether direction d runs from the last step to the first."""
+    return sum([1 << d for d, r in enumerate(reverse) if r])

@@ -12,7 +12,6 @@ is what `tl.atomic_poll` does. One counter would run past a slow program's targe
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
@@ -62,30 +61,3 @@ def launch_options(plan: Plan) -> dict[str, Any]:
     if plan.members > 1:
         options["launch_cooperative_grid"] = True
     return options
-
-
-def launch(kernel: Any, plan: Plan, B: int, D: int, device: torch.device, **arguments: Any) -> None:
-    """Launch a sweep for all batch tiles and directions, as often as the plan says.
-
-    The counters belong to this call, so that streams, threads and replayed graphs share none.
-
-    Raises:
-        RuntimeError: if the driver refuses a launch, or one fails, with the plan.
-    """
-    counters = None
-    if plan.members > 1:
-        tiles = -(-B // plan.block_b)
-        counters = torch.zeros(tiles * D * 2 * LINE.value, dtype=torch.int32, device=device)
-    try:
-        for first_tile, tiles, first_direction, directions in plan.launches(B, D):
-            kernel[(plan.members, tiles, directions)](
-                counters=counters,
-                first_tile=first_tile,
-                first_direction=first_direction,
-                B=B,
-                **sweep_constants(plan, D),
-                **arguments,
-                **launch_options(plan),
-            )
-    except RuntimeError as error:
-        raise RuntimeError(f"a sweep failed, planned as {plan}: {error}") from error

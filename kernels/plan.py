@@ -16,6 +16,7 @@ many programs are resident at once; which is best is a guess by `step_cycles`, w
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from typing import Literal
 
@@ -25,6 +26,7 @@ WORKING_SHARED = 155  # the same if tiles from shared memory pass through regist
 MOST_CHUNKS = 8  # of h in registers, see `weights.load_h`
 MOST_WORK = 1.35  # padded over needed, if a group can have less
 STAGES = 3  # tiles of streamed weights under way
+MOST_TILES = 65535  # of a launch: they are the second axis of its grid
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Limits:
         fast_tanh: tanh.approx.f32 exists, and inline assembly to reach it.
         groups: programs of a launch can wait for each other.
         hop_us: microseconds of a barrier among them, from release to acquire; see `step_cycles`.
+        programs: as many of a launch as may wait for each other, if the driver takes fewer than the
+            chip has room for.
     """
 
     target: int | str
@@ -62,6 +66,7 @@ class Limits:
     fast_tanh: bool = True
     groups: bool = True
     hop_us: float = 0.65
+    programs: int | None = None
 
 
 _K = 1024
@@ -162,7 +167,15 @@ class Plan:
     step_us: float = field(compare=False)
     why: str = field(compare=False, default="")
 
-    @property
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.regime, self.block_h, self.block_k, self.block_b, self.warps, self.tiles))
+
+    def __hash__(self) -> int:
+        """Of what differs most, and kept: every launch asks."""
+        return self._hash
+
+    @cached_property
     def reason(self) -> str:
         """The plan and what led to it."""
         text = f"{self}; {self.weight_registers} registers of a thread hold weights, "
@@ -173,7 +186,7 @@ class Plan:
     def launches(self, B: int, D: int) -> Iterator[tuple[int, int, int, int]]:
         """First batch tile and number of tiles, first direction and number of them, per launch."""
         all_tiles = -(-B // self.block_b)
-        tiles = self.tiles or all_tiles
+        tiles = min(self.tiles or all_tiles, MOST_TILES)
         for direction in range(0, D, self.directions):
             for tile in range(0, all_tiles, tiles):
                 left = min(tiles, all_tiles - tile), min(self.directions, D - direction)
@@ -451,7 +464,10 @@ def _residency(case: _Case, plan: Plan) -> dict[str, int]:
     """
     by_registers = 65536 // (plan.warps * 32 * 256)
     by_shared = case.limits.sm_shared // (plan.shared + _K)  # each program takes 1 KiB more
-    groups = case.limits.sms * min(by_registers, by_shared) // plan.members
+    programs = case.limits.sms * min(by_registers, by_shared)
+    if case.limits.programs is not None:
+        programs = min(programs, case.limits.programs)
+    groups = programs // plan.members
     directions = min(case.D, groups)
     return {"tiles": groups // directions if groups else 0, "directions": directions}
 

@@ -98,7 +98,7 @@ def test_groups_of_programs(
     if triton_device == "cuda":
         compare(FusedMGU, "cuda", T=20, B=19, H=700, packed=True, bidirectional=True)
         return
-    monkeypatch.setattr("fused_rnn.triton_backend.device_limits", lambda device: LIMITS[80])
+    monkeypatch.setattr("fused_rnn.devices.device_limits", lambda device: LIMITS[80])
     with concurrent_grid(timeout=600):
         compare(FusedMGU, "cpu", T=2, B=2, H=130, packed=False)
 

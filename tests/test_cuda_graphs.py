@@ -9,7 +9,7 @@ from helpers import LAYERS, tensors, twins
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_rnn import triton_backend
+from fused_rnn import triton_backend, triton_engine
 from fused_rnn.dispatch import Backend
 from fused_rnn.kernels import backward, forward
 from fused_rnn.kernels.plan import LIMITS, SPECS, make_plan
@@ -40,6 +40,8 @@ class NoSynchronisation(TorchDispatchMode):
             torch.ops.aten._local_scalar_dense,
             torch.ops.aten.nonzero,
             torch.ops.aten.equal,
+            torch.ops.aten.index,  # by a list: it is copied to the device
+            torch.ops.aten.index_put_,
         ), func
         devices = {t.device.type for t in (*inputs, *found) if t.dim() > 0}
         assert len(devices) < 2, f"{func} copies between {devices}"
@@ -65,7 +67,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             return forward.Swept(h_n, None, None, fed)
         keeps = kw["save"] or kw["cells"]
         c_seq = out.new_empty(N, D * H, dtype=torch.float32) if keeps else None
-        return forward.Swept(h_n, h_n.float(), c_seq, fed)
+        return forward.Swept(h_n, h_n.clone(), c_seq, fed)
 
     def reverse_sweep(
         cell: str,
@@ -89,11 +91,11 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def make_engine(layer: Layer, device: Any, dtype: Any, H: int, *_: Any) -> Any:
         plan = make_plan(layer.cell.name, H, 4, layer.rows.B, layer.directions, LIMITS[90])
-        return triton_backend.TritonEngine(plan, "tf32")
+        return triton_engine.TritonEngine(plan, "tf32")
 
     monkeypatch.setattr(triton_backend, "make_engine", make_engine)
-    monkeypatch.setattr(forward, "forward_sweep", forward_sweep)
-    monkeypatch.setattr(backward, "reverse_sweep", reverse_sweep)
+    monkeypatch.setattr(triton_engine, "forward_sweep", forward_sweep)
+    monkeypatch.setattr(triton_engine, "reverse_sweep", reverse_sweep)
 
 
 def build(kind: str, **options: Any) -> torch.nn.Module:
@@ -154,6 +156,8 @@ def test_waiting_would_show() -> None:
         lambda: x[0].item(),
         lambda: x.nonzero(),
         lambda: x.cpu(),
+        lambda: x[[0, 1]],
+        lambda: x.index_put_((torch.tensor([0, 1]),), x[:2]),
         lambda: torch.ones(3).to("meta"),
     ]
     for wait in waits:

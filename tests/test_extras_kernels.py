@@ -16,7 +16,7 @@ from sweep_oracle import Problem, group_plan
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fused_rnn import FusedGRU, FusedLSTM, FusedRNN, triton_backend
+from fused_rnn import FusedGRU, FusedLSTM, FusedRNN, triton_backend, triton_engine
 
 LAYERS: dict[str, Any] = {
     "tanh": (FusedRNN, {}),
@@ -164,7 +164,7 @@ def test_groups(kind: str, case: str, plan: str, monkeypatch: pytest.MonkeyPatch
     """Several programs share a batch tile and run concurrently."""
     H, B = 35 if plan == "split" else 19, 9 if plan == "launches" else 3
     problem = Problem(NAMES[kind], torch.float32, H, B, 1)
-    engine = triton_backend.TritonEngine(group_plan(problem, **GROUP_PLANS[plan]), "ieee")
+    engine = triton_engine.TritonEngine(group_plan(problem, **GROUP_PLANS[plan]), "ieee")
     assert engine.plan.members == 2
     monkeypatch.setattr(triton_backend, "make_engine", lambda *args: engine)
     with concurrent_grid(seed=H, timeout=600):
@@ -177,7 +177,7 @@ def test_compile_of_packed_input_in_a_group(
     lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is saved depends on nothing that a tracer does not know, such as B and the lengths."""
-    engine = triton_backend.TritonEngine(
+    engine = triton_engine.TritonEngine(
         group_plan(Problem("lstm", torch.float32, 17, 3, 1)), "ieee"
     )
     monkeypatch.setattr(triton_backend, "make_engine", lambda *args: engine)

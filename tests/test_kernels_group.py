@@ -206,12 +206,16 @@ def test_missing_program(monkeypatch):
     def wrong(plan, D):
         return right(plan, D) | {"MEMBERS": plan.members + 1}
 
-    right = group.sweep_constants
+    right = forward.sweep_constants
     p = Problem("gru", torch.float16, 17, 1, 2)
     plan = group_plan(p)
-    monkeypatch.setattr(group, "sweep_constants", wrong)
-    with pytest.raises(Hang) as error:
-        run(p, plan)
+    monkeypatch.setattr(forward, "sweep_constants", wrong)
+    forward.variant.cache_clear()
+    try:
+        with pytest.raises(Hang) as error:
+            run(p, plan)
+    finally:
+        forward.variant.cache_clear()
     for program in range(2):
         error.match(rf"program \({program}, 0, 0\), step 0, group.py:\d+ in wait, .* hangs")
 

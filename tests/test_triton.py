@@ -215,7 +215,7 @@ def test_precision_follows_the_switch_of_nn_lstm(monkeypatch: pytest.MonkeyPatch
 def test_groups_through_the_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More units than one program holds: all gradients, with the programs run concurrently."""
     limits = dataclasses.replace(LIMITS[80], groups=True)
-    monkeypatch.setattr("fused_rnn.triton_backend.device_limits", lambda device: limits)
+    monkeypatch.setattr("fused_rnn.devices.device_limits", lambda device: limits)
     with concurrent_grid(timeout=600):  # a hang is found at once, this is for accidents
         compare(kind, "cpu", T=2, B=2, I=3, H=130, dtype=torch.float32)
 

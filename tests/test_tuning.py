@@ -1,9 +1,9 @@
 """Measured plans: which are timed, what is remembered, for what it holds."""
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +53,38 @@ def test_the_best_guesses_are_timed() -> None:
     assert timed == list(GUESSES[: tuning.CANDIDATES])
 
 
+def test_a_plan_that_fails_is_out() -> None:
+    def timer(plan: Plan, request: tuning.Request, device: torch.device) -> float:
+        if plan == GUESSES[0]:
+            raise RuntimeError("a sweep failed, planned as the first")
+        return second_is_best(plan, request, device)
+
+    with pytest.warns(UserWarning, match="could not be timed: a sweep failed, planned as the fir"):
+        assert tuning.measure(REQUEST, LIMITS[90], CUDA, timer) == GUESSES[1]
+
+
+def test_all_plans_fail(cache: Path) -> None:
+    def timer(plan: Plan, request: tuning.Request, device: torch.device) -> float:
+        raise RuntimeError("no luck")
+
+    with pytest.raises(RuntimeError, match="no plan could be timed: no luck; no luck"):
+        tuning.measure(REQUEST, LIMITS[90], CUDA, timer)
+    assert not cache.exists()
+
+
+def test_another_process_is_heard(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes counts a second later, and not before: a look takes longer than a call."""
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    cache.mkdir(parents=True)
+    second = {REQUEST.key(CUDA): tuning._marks(GUESSES[1])}
+    (cache / "plans.json").write_text(json.dumps(second))
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    now += 2 * measured.SECONDS
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+
+
 @pytest.mark.parametrize(
     ("change", "known"),
     [
@@ -64,9 +96,9 @@ def test_the_best_guesses_are_timed() -> None:
         ({"D": 2}, False),
     ],
 )
-def test_what_it_holds_for(change: dict[str, object], known: bool) -> None:
+def test_what_it_holds_for(change: dict[str, Any], known: bool) -> None:
     tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
-    other = dataclasses.replace(REQUEST, **change)  # type: ignore[arg-type]
+    other = REQUEST._replace(**change)
     guesses = tuning.planned(other, LIMITS[90])
     chosen = tuning.choose_plan(other, LIMITS[90], CUDA)
     assert (chosen != guesses[0]) is known

@@ -1,0 +1,164 @@
+"""From a sweep to its launches, with little Python in between.
+
+Triton's JIT looks at every argument of every launch to find the compiled kernel: 30 to 60
+microseconds. The sweeps know what a kernel depends on, so they keep what the JIT found, and call
+its launcher.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from fused_rnn.kernels.group import LINE
+from fused_rnn.kernels.plan import Plan
+
+# Slices of a stack's states and of a bias, and gradients from a user: their alignment changes with
+# B and H, and would double the kernels. They are read before the first step, or one state of them.
+ANY_ALIGNMENT = frozenset(
+    ("bias", "h0", "c0", "restart_h", "restart_c", "restart", "initial", "dh_n", "dc_n")
+    + ("lengths", "drop")
+)
+
+
+def sweep_kernel(function: Callable[..., None]) -> Any:
+    """`triton.jit` with what is never to make a kernel of its own: lengths, batches, alignments."""
+    integers = {"T", "B", "N", "first_tile", "first_direction", "reverse", "zero"}
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(
+        function,
+        do_not_specialize=[name for name in names if name in integers],
+        do_not_specialize_on_alignment=[name for name in names if name in ANY_ALIGNMENT],
+    )
+
+
+class LaunchRefused(RuntimeError):
+    """The driver takes no cooperative launch of so many programs; nothing has run.
+
+    So it is where others share the GPU (MPS, MIG), or where programs may not wait for each other.
+
+    Attributes:
+        programs: of a launch that may be tried instead, 0 for none.
+    """
+
+    def __init__(self, text: str, programs: int) -> None:
+        super().__init__(text)
+        self.programs = programs
+
+
+@dataclass(eq=False)
+class Variant:
+    """One sweep of one cell under one plan.
+
+    Attributes:
+        kernel: the Triton function.
+        constants: its constexpr arguments.
+        options: what the compiler is told beside the arguments.
+        compiled: by device and by which tensors there are and their types, what the JIT found.
+    """
+
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    compiled: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = getattr(self.kernel, "arg_names", ())  # a compiled kernel is called by position
+        self.constants = {n: self.constants[n] for n in names if n in self.constants} or (
+            self.constants
+        )
+
+
+def launch(
+    variant: Variant,
+    plan: Plan,
+    D: int,
+    device: torch.device,
+    tensors: dict[str, Tensor | None],
+    numbers: dict[str, int | float | None],
+) -> None:
+    """Launch a sweep for all batch tiles and directions, as often as the plan says.
+
+    The counters belong to this call, so that streams, threads and replayed graphs share none.
+
+    Args:
+        variant: what is launched.
+        plan: see `plan.make_plan`.
+        D: directions.
+        device: where.
+        tensors: arguments of the kernel, in its order.
+        numbers: those behind them, in its order.
+
+    Raises:
+        LaunchRefused: the driver refuses a group.
+        RuntimeError: a launch fails, with the plan.
+    """
+    B: Any = numbers["B"]
+    N: Any = numbers["N"]
+    if plan.members > 1:
+        tiles = -(-B // plan.block_b)
+        size = tiles * D * 2 * LINE.value
+        tensors["counters"] = torch.zeros(size, dtype=torch.int32, device=device)
+    key = (
+        device,
+        *[None if t is None else t.dtype for t in tensors.values()],
+        *[n is None for n in numbers.values()],
+    )
+    compiled = variant.compiled.get(key)
+    if compiled is not None and (N >= 2**31 or not _aligned(tensors)):
+        compiled = None  # the JIT makes another kernel of these
+    first = True
+    try:
+        for tile, tiles, direction, directions in plan.launches(B, D):
+            numbers["first_tile"], numbers["first_direction"] = tile, direction
+            grid = (plan.members, tiles, directions)
+            if compiled is not None:
+                compiled[grid](*tensors.values(), *numbers.values(), *variant.constants.values())
+            else:
+                found = variant.kernel[grid](
+                    **tensors, **numbers, **variant.constants, **variant.options
+                )
+                if first:
+                    _keep(variant, key, found, tensors, numbers)
+            first = False
+    except (RuntimeError, OutOfResources) as error:
+        text = f"a sweep failed, planned as {plan}: {error}"
+        if plan.members > 1 and first:
+            if "cooperative launch" in str(error):
+                raise LaunchRefused(text, plan.members * tiles * directions // 2) from error
+            if "not supported" in str(error):
+                raise LaunchRefused(text, 0) from error
+        raise RuntimeError(text) from error
+
+
+def _aligned(tensors: dict[str, Tensor | None]) -> bool:
+    """Whether all tensors whose alignment counts begin at 16 bytes, as fresh memory does."""
+    return not any(
+        [
+            t is not None and t.data_ptr() & 15 and name not in ANY_ALIGNMENT
+            for name, t in tensors.items()
+        ]
+    )
+
+
+def _keep(
+    variant: Variant,
+    key: Any,
+    found: Any,
+    tensors: dict[str, Tensor | None],
+    numbers: dict[str, int | float | None],
+) -> None:
+    """Keep a compiled kernel for arguments like these.
+
+    Not those of Triton's interpreter, nor on AMD GPUs, where Triton looks at the sizes, too.
+    """
+    N: Any = numbers["N"]
+    if found is None or torch.version.hip is not None or N >= 2**31 or not _aligned(tensors):
+        return
+    if [*tensors, *numbers, *variant.constants] != list(variant.kernel.arg_names):
+        raise AssertionError(f"{variant.kernel.arg_names} are passed in another order")
+    variant.compiled[key] = found

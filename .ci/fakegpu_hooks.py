@@ -5,7 +5,7 @@ kernels_for_cpu_tensors   install            devices.kernel_device(device)
 precision                 layers, recompile  nothing private: PyTorch's own switches
 forced_plan               layers             tuning.forced(chooser), kernels.plan.plans, Plan
 device_contexts           host               triton_engine._device_and_precision
-no_launches               waits              kernels.forward.launch, kernels.backward.launch
+no_launches               waits              kernels: forward.launch, backward.launch, pack.launch_once
 recorded_layers           waits              autograd.run, dispatch.choose_for, Engine
 no_value_checks           waits              base.packed_reset
 
@@ -126,6 +126,7 @@ def no_launches() -> None:
     """For tensors without memory: launches do nothing, not even Triton's own part."""
     for name in ("kernels.forward", "kernels.backward"):
         _replace(_module(name), "launch", lambda _: lambda *args, **arguments: None)
+    _replace(_module("kernels.pack"), "launch_once", lambda _: lambda *args, **arguments: None)
 
 
 def recorded_layers() -> list[Callable[[], None]]:

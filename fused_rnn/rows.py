@@ -50,10 +50,14 @@ class Rows:
             return cls(len(sizes), sizes[0])
         return cls(len(sizes), sizes[0], sizes)
 
-    @cached_property
+    @property
     def N(self) -> int:
         """Rows in all."""
-        return self.T * self.B if self.batch_sizes is None else sum(self.batch_sizes)
+        return self.T * self.B if self.batch_sizes is None else self._ragged_rows
+
+    @cached_property
+    def _ragged_rows(self) -> int:
+        return sum(self.batch_sizes or ())
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Views of ``tensor`` [N, ...], one per time step."""

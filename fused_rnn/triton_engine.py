@@ -54,27 +54,13 @@ class TritonEngine:
             w_hh, b_hn = recurrent_weights(layer, weights), recurrent_bias(layer, weights)
             out = x.new_empty(x.shape[0], layer.directions * h0.shape[-1])
             h0, c0 = h0.contiguous(), None if c0 is None else c0.contiguous()
-            rows, extras, cells = _rows(layer, x), _kernel_extras(layer, inputs), _cells(layer)
-            swept = self._planned(
-                layer,
-                inputs,
-                lambda plan: forward_sweep(
-                    layer.cell.name,
-                    gates,
-                    w_hh,
-                    b_hn,
-                    h0,
-                    c0,
-                    out,
-                    rows=rows,
-                    reverse=_REVERSE[: layer.directions],
-                    save=save,
-                    precision=self.precision,
-                    plan=plan,
-                    extras=extras,
-                    cells=cells,
-                ),
-            )
+            cells = _cells(layer)
+            tensors = (layer.cell.name, gates, w_hh, b_hn, h0, c0, out)
+            how = self._how(layer, inputs) | {"save": save, "cells": cells}
+            try:
+                swept = forward_sweep(*tensors, **how, plan=self.plan)
+            except LaunchRefused as refusal:
+                swept = self._smaller(refusal, layer, x, h0, forward_sweep, tensors, how)
         c_seq = swept.c_seq
         # A copy, even in fp32: what is saved for backward is not to be the user's.
         wanted = c_seq.to(x.dtype, copy=True) if c_seq is not None and cells else None
@@ -118,25 +104,20 @@ class TritonEngine:
             w_hh = recurrent_weights(layer, weights)
             first = h0.contiguous(), None if c0 is None else c0.contiguous()
             given = [None if g is None else g.contiguous() for g in grads]
-            rows, extras = _rows(layer, x), _kernel_extras(layer, inputs)
-            found = self._planned(
-                layer,
-                inputs,
-                lambda plan: reverse_sweep(
-                    layer.cell.name,
-                    gates,
-                    c_seq,
-                    outputs.out,
-                    w_hh,
-                    *first,
-                    *given,
-                    rows=rows,
-                    reverse=_REVERSE[: layer.directions],
-                    precision=self.precision,
-                    plan=plan,
-                    extras=extras,
-                ),
+            tensors: tuple[Any, ...] = (
+                layer.cell.name,
+                gates,
+                c_seq,
+                outputs.out,
+                w_hh,
+                *first,
+                *given,
             )
+            how = self._how(layer, inputs)
+            try:
+                found = reverse_sweep(*tensors, **how, plan=self.plan)
+            except LaunchRefused as refusal:
+                found = self._smaller(refusal, layer, x, h0, reverse_sweep, tensors, how)
             dx, dflat = gradients(layer, x, h0, outputs.out, fed, weights, found.dgates, needs)
         states = [
             g.to(x.dtype) if need and g is not None else None
@@ -150,33 +131,51 @@ class TritonEngine:
         ]
         return dx, *states, *dflat, None, None, *restarts, None, None, None
 
-    def _planned(self, layer: Layer, inputs: Saved, sweep: Callable[[Plan], Result]) -> Result:
-        """Run a sweep by this plan, or by one of fewer programs if the driver refuses them.
+    def _how(self, layer: Layer, inputs: Saved) -> dict[str, Any]:
+        """The keywords of both sweeps, but for the plan."""
+        x, rows = inputs[0], layer.rows
+        assert x is not None
+        offsets = None if rows.batch_sizes is None else rows.offsets(x.device)
+        return {
+            "rows": Rows(rows.T, rows.B, x.shape[0], offsets),
+            "reverse": _REVERSE[: layer.directions],
+            "precision": self.precision,
+            "extras": NONE if layer.extras is None else _kernel_extras(layer, inputs),
+        }
+
+    def _smaller(
+        self,
+        refusal: LaunchRefused,
+        layer: Layer,
+        x: Tensor,
+        h0: Tensor,
+        sweep: Callable[..., Result],
+        tensors: tuple[Any, ...],
+        how: dict[str, Any],
+    ) -> Result:
+        """Run a sweep that the driver refused by a plan of fewer programs.
 
         Raises:
             RuntimeError: no plan has so few programs that the driver takes them.
         """
-        plan = self.plan
-        while True:
-            try:
-                return sweep(plan)
-            except LaunchRefused as refusal:  # noqa: PERF203
-                smaller = self._smaller(layer, inputs, refusal)
-                if smaller == plan:
-                    raise
-                plan = smaller
-
-    def _smaller(self, layer: Layer, inputs: Saved, refusal: LaunchRefused) -> Plan:
-        x, h0, *_ = _split(inputs)
         chip = devices.kernel_device(x.device)
         assert chip is not None
-        devices.limit_programs(chip, refusal.programs)
         H, B, D = h0.shape[-1], layer.rows.B, layer.directions
         request = tuning.Request(layer.cell.name, H, x.dtype, B, D, self.precision)
-        try:
-            return tuning.choose_plan(request, devices.device_limits(chip), chip)
-        except DoesNotFit as reason:
-            raise RuntimeError(f"{refusal}; and no plan has fewer programs: {reason}") from refusal
+        refused = self.plan
+        while True:
+            devices.limit_programs(chip, refusal.programs)
+            try:
+                plan = tuning.choose_plan(request, devices.device_limits(chip), chip)
+            except DoesNotFit as reason:
+                text = f"{refusal}; and no plan has fewer programs: {reason}"
+                raise RuntimeError(text) from refusal
+            if plan == refused:  # it is forced
+                raise refusal
+            try:
+                return sweep(*tensors, **how, plan=plan)
+            except LaunchRefused as again:
+                refusal, refused = again, plan
 
 
 _REVERSE = (False, True)
@@ -187,12 +186,6 @@ def _split(inputs: Saved) -> tuple[Tensor, Tensor, Tensor | None, Saved]:
     assert x is not None
     assert h0 is not None
     return x, h0, c0, tuple(flat)
-
-
-def _rows(layer: Layer, x: Tensor) -> Rows:
-    """The rows as the kernels take them."""
-    rows = layer.rows
-    return Rows(rows.T, rows.B, rows.N, rows.offsets(x.device))
 
 
 def _cells(layer: Layer) -> bool:
@@ -217,8 +210,7 @@ def _saves_fed(layer: Layer, inputs: Saved) -> bool:
 
 def _kernel_extras(layer: Layer, inputs: Saved) -> Extras:
     """The extras as the kernels take them."""
-    if layer.extras is None:
-        return NONE
+    assert layer.extras is not None
     masks = layer.masks(inputs)
     reset, lengths = resets(layer, masks), masks.lengths
 

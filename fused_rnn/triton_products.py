@@ -1,7 +1,7 @@
 """The matrix products around the sweeps: gates before the forward one, gradients after the other.
 
 A gate buffer holds the S gate slots of a unit side by side (S is 1 for one gate, else 4), so the
-rows of the weights are brought into the order (unit, slot) first.
+rows of the weights are brought into the order (unit, slot) first, see `kernels/pack.py`.
 """
 
 from collections.abc import Callable
@@ -18,35 +18,6 @@ X_SLOTS = {"rnn_tanh": (0,), "rnn_relu": (0,), "gru": (0, 1, 2), "lstm": (0, 1, 
 H_SLOTS = X_SLOTS | {"gru": (0, 1, 3)}
 # The slots of the recurrent products that the kernels know, by the number of gates.
 PRODUCTS = {1: (0,), 3: (0, 1, 3), 4: (0, 1, 2, 3)}
-
-
-def to_slots(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
-    """Rows [G*H, ...] in torch.nn's order to [H * S, ...], (unit, slot); other slots are zero."""
-    G = len(slots)
-    if G == 1:
-        return rows
-    units = rows.view(G, -1, *rows.shape[1:]).transpose(0, 1)
-    if slots != (0, 1, 2, 3):
-        # No list of slots as an index: it would be copied to the device, and the host would wait.
-        rest = (0, 0) * (rows.dim() - 1)
-        if slots == tuple(range(G)):
-            units = torch.constant_pad_nd(units, (*rest, 0, 4 - G))
-        else:
-            gates = dict(zip(slots, units.unbind(1), strict=True))
-            none = units.new_zeros(units.shape[0], *rows.shape[1:])
-            units = torch.stack([gates.get(slot, none) for slot in range(4)], 1)
-    return units.reshape(-1, *rows.shape[1:])
-
-
-def from_slots(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
-    """The inverse: rows [H * S, ...] to [G*H, ...]."""
-    G = len(slots)
-    if G == 1:
-        return rows
-    gates = rows.view(-1, 4, *rows.shape[1:]).transpose(0, 1)
-    if slots == tuple(range(G)):
-        return gates[:G].reshape(-1, *rows.shape[1:])
-    return torch.cat([gates[slot] for slot in slots])
 
 
 def recurrent_weights(layer: Layer, weights: list[Weights]) -> Tensor:
@@ -73,19 +44,8 @@ def splits_last_gate(cell: str) -> bool:
     return X_SLOTS[cell][-1] != H_SLOTS[cell][-1]
 
 
-def _input_bias(layer: Layer, w: Weights) -> Tensor | None:
-    """All biases but that of a recurrent part with a slot of its own, by (unit, slot)."""
-    if w.b_ih is None or w.b_hh is None:
-        return None
-    slots, bias = X_SLOTS[layer.cell.name], w.b_ih + w.b_hh
-    if splits_last_gate(layer.cell.name):
-        last = -w.w_hh.shape[1]
-        bias = torch.cat([bias[:last], w.b_ih[last:]])
-    return to_slots(bias, slots)
-
-
 def recurrent_bias(layer: Layer, weights: list[Weights]) -> Tensor | None:
-    """The one that `_input_bias` leaves out, b_hn of a GRU: [D, H], zeros without biases."""
+    """That of a part with a slot of its own, b_hn of a GRU: [D, H], zeros without biases."""
     if not splits_last_gate(layer.cell.name):
         return None
     H = weights[0].w_hh.shape[1]
@@ -107,17 +67,31 @@ def project(layer: Layer, x: Tensor, weights: list[Weights]) -> Tensor:
 
 
 def _project(layer: Layer, x: Tensor, w: Weights, out: Tensor | None) -> Tensor:
-    w_ih, bias = to_slots(w.w_ih, X_SLOTS[layer.cell.name]).t(), _input_bias(layer, w)
+    w_ih, bias = _by_unit(layer, w)
     if bias is None:
-        return torch.mm(x, w_ih, out=out)
-    return torch.addmm(bias, x, w_ih, out=out)
+        return torch.mm(x, w_ih.t(), out=out)
+    return torch.addmm(bias, x, w_ih.t(), out=out)
+
+
+def _by_unit(layer: Layer, w: Weights, biases: bool = True) -> tuple[Tensor, Tensor | None]:
+    """The input weights and the biases, which share them, in the order of the gate buffer."""
+    from fused_rnn.kernels.pack import pack
+
+    name = layer.cell.name
+    b_ih, b_hh = (w.b_ih, w.b_hh) if biases else (None, None)
+    if len(X_SLOTS[name]) == 1:
+        return w.w_ih, None if b_ih is None or b_hh is None else b_ih + b_hh
+    return pack(w.w_ih, b_ih, b_hh, X_SLOTS[name], H_SLOTS[name])
 
 
 def rebuild_gates(
     layer: Layer, x: Tensor, h0: Tensor, out: Tensor, fed: Tensor | None, weights: list[Weights]
 ) -> Tensor:
     """What the forward sweep would have saved: h of every step is known, so one product does."""
+    from fused_rnn.kernels.pack import pack
+
     H, name = h0.shape[-1], layer.cell.name
+    h_slots = H_SLOTS[name]
     gates = project(layer, x, weights)
     for d, (buffer, w) in enumerate(zip(gates, weights, strict=True)):
         columns = slice(d * H, (d + 1) * H)
@@ -126,10 +100,10 @@ def rebuild_gates(
         else:
             before = fed[:, columns]
         flat = buffer.view(x.shape[0], -1)
-        flat.addmm_(before, to_slots(w.w_hh, H_SLOTS[name]).t())
-        bias = recurrent_bias(layer, [w])
-        if bias is not None:
-            buffer[..., 3] += bias[0]
+        w_hh = w.w_hh
+        if len(h_slots) > 1:
+            w_hh, _ = pack(w_hh, None, None, h_slots, h_slots)
+        flat.addmm_(before, w_hh.t())
         SAVED[name](buffer)
     return gates
 
@@ -165,30 +139,32 @@ def gradients(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx, and the gradients of the parameters of all directions."""
+    from fused_rnn.kernels.pack import unpack
+
     H, name = h0.shape[-1], layer.cell.name
     x_slots, h_slots = X_SLOTS[name], H_SLOTS[name]
     dx: Tensor | None = None
     dflat: list[Tensor | None] = []
     for d, w in enumerate(weights):
         flat = dgates[d].view(x.shape[0], -1)
-        need = needs[3 + d * len(w) : 3 + (d + 1) * len(w)]
+        need_w_ih, need_w_hh, *rest = needs[3 + d * len(w) : 3 + (d + 1) * len(w)]
+        need_biases = rest[0], rest[1]
         if needs[0]:
-            w_ih = to_slots(w.w_ih, x_slots)
+            w_ih, _ = _by_unit(layer, w, biases=False)
             dx = flat @ w_ih if dx is None else dx.addmm_(flat, w_ih)
-        dw_ih = from_slots(flat.t() @ x, x_slots) if need[0] else None
-        dw_hh = db_ih = db_hh = None
-        if need[1]:
-            columns = slice(d * H, (d + 1) * H)
-            if fed is None:
-                state = out if len(weights) == 1 else out[:, columns]
-                dw = layer.rows.recurrent_product(flat, state, h0[d], d == 1)
-            else:
-                dw = flat.t() @ fed[:, columns]
-            dw_hh = from_slots(dw, h_slots)
-        if need[2] or need[3]:
-            bias = flat.sum(0)
-            db_ih = from_slots(bias, x_slots) if need[2] or x_slots == h_slots else None
-            # The two biases of most cells have one gradient.
-            db_hh = db_ih if x_slots == h_slots else from_slots(bias, h_slots)
-        dflat += [dw_ih, dw_hh, db_ih if need[2] else None, db_hh if need[3] else None, None]
+        dw_ih = flat.t() @ x if need_w_ih else None
+        dw_hh = None
+        if need_w_hh and fed is not None:
+            dw_hh = flat.t() @ fed[:, d * H : (d + 1) * H]
+        elif need_w_hh:
+            state = out if len(weights) == 1 else out[:, d * H : (d + 1) * H]
+            dw_hh = layer.rows.recurrent_product(flat, state, h0[d], d == 1)
+        db = flat.sum(0) if any(need_biases) else None
+        if len(x_slots) == 1:
+            dbs = [db if need else None for need in need_biases]  # the two have one gradient
+        elif dw_ih is None and dw_hh is None and db is None:
+            dbs = [None, None]
+        else:
+            dw_ih, dw_hh, *dbs = unpack(dw_ih, dw_hh, db, need_biases, x_slots, h_slots)
+        dflat += [dw_ih, dw_hh, *dbs, None]
     return dx, dflat

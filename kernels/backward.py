@@ -8,7 +8,7 @@ saved values alone, so they are formed one step ahead, beside the product:
     factors of step t - 1
 """
 
-from functools import lru_cache
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -503,16 +503,22 @@ def plan_constants(plan: Plan) -> dict[str, int]:
     return {"MS": plan.k_split * plan.m_split, "TOGETHER": max(1, min(8, together))}
 
 
-@lru_cache(maxsize=1024)
-def variant(
-    kernel: Any, plan: Plan, cell: str, functions: tuple[Any, ...], D: int, H: int, precision: str
-) -> Variant:
+def variant(plan: Plan, cell: str, D: int, H: int, precision: str) -> Variant:
     """The sweep of one cell, named ``cell``, under one plan."""
-    spec = SPECS[cell]
-    own = dict(zip(("FACTORS", "ADJOINT", "CELL_STATE"), functions, strict=True))
-    own |= {"G": spec.gates, "STATES": spec.states, "H": H, "PRECISION": precision}
-    constants = sweep_constants(plan, D) | plan_constants(plan) | own
-    return Variant(kernel, constants, launch_options(plan))
+    key = (plan, cell, D, H, precision)
+    found, functions = VARIANTS.get(key), (FACTORS[cell], ADJOINTS[cell], CELL_STATES.get(cell))
+    alike = found is not None and all(map(is_, found.functions, functions))
+    if found is None or not alike or found.kernel is not backward_kernel:
+        spec = SPECS[cell]
+        own = dict(zip(("FACTORS", "ADJOINT", "CELL_STATE"), functions, strict=True))
+        own |= {"G": spec.gates, "STATES": spec.states, "H": H, "PRECISION": precision}
+        constants = sweep_constants(plan, D) | plan_constants(plan) | own
+        found = Variant(backward_kernel, functions, constants, launch_options(plan))
+        VARIANTS[key] = found
+    return found
+
+
+VARIANTS: dict[Any, Variant] = {}
 
 
 def reverse_sweep(
@@ -607,7 +613,6 @@ def reverse_sweep(
         "first_direction": 0,
         "reverse": direction_bits(reverse),
     }
-    functions = (FACTORS[cell], ADJOINTS[cell], CELL_STATES.get(cell))
-    this = variant(backward_kernel, plan, cell, functions, D, H, precision)
+    this = variant(plan, cell, D, H, precision)
     launch(this, plan, D, out.device, tensors, numbers)
     return Gradients(dgates, dh0, dc0, drestart_h, drestart_c)

@@ -45,7 +45,7 @@ class Extras:
     @property
     def feeds(self) -> bool:
         """Whether the product takes something else than h0 and the h that are put out."""
-        return any(x is not None for x in (self.lengths, self.reset, self.drop))
+        return not (self.lengths is None and self.reset is None and self.drop is None)
 
 
 def zeros_where_ragged(extras: Extras, *shape: int, dtype: torch.dtype, like: Tensor) -> Tensor:

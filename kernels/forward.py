@@ -377,16 +377,21 @@ def plan_constants(plan: Plan) -> dict[str, int]:
     return {"KS": plan.k_split, "MS": plan.m_split}
 
 
-@lru_cache(maxsize=1024)
-def variant(
-    kernel: Any, plan: Plan, cell: str, step: Any, D: int, H: int, save: bool, precision: str
-) -> Variant:
+def variant(plan: Plan, cell: str, D: int, H: int, save: bool, precision: str) -> Variant:
     """The sweep of one cell, named ``cell``, under one plan."""
-    spec = SPECS[cell]
-    own = {"STEP": step, "G": spec.gates, "STATES": spec.states, "H": H, "SAVE": save}
-    own["PRECISION"] = precision
-    constants = sweep_constants(plan, D) | plan_constants(plan) | own
-    return Variant(kernel, constants, launch_options(plan))
+    key = (plan, cell, D, H, save, precision)
+    found, step = VARIANTS.get(key), STEPS[cell]
+    if found is None or found.kernel is not forward_kernel or found.functions[0] is not step:
+        spec = SPECS[cell]
+        own = {"STEP": step, "G": spec.gates, "STATES": spec.states, "H": H, "SAVE": save}
+        constants = sweep_constants(plan, D) | plan_constants(plan) | own
+        constants["PRECISION"] = precision
+        found = Variant(forward_kernel, (step,), constants, launch_options(plan))
+        VARIANTS[key] = found
+    return found
+
+
+VARIANTS: dict[Any, Variant] = {}
 
 
 def forward_sweep(
@@ -471,11 +476,12 @@ def forward_sweep(
         "first_direction": 0,
         "reverse": direction_bits(reverse),
     }
-    this = variant(forward_kernel, plan, cell, STEPS[cell], D, H, save, precision)
+    this = variant(plan, cell, D, H, save, precision)
     launch(this, plan, D, out.device, tensors, numbers)
     return Swept(h_n, c_n, c_seq, fed)
 
 
+@lru_cache
 def direction_bits(reverse: tuple[bool, ...]) -> int:
     """Bit d says whether direction d runs from the last step to the first."""
     return sum([1 << d for d, r in enumerate(reverse) if r])

@@ -5,7 +5,7 @@ microseconds. The sweeps know what a kernel depends on, so they keep what the JI
 its launcher.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,8 @@ from fused_rnn.kernels.plan import Plan
 # Slices of a stack's states and of a bias, and gradients from a user: their alignment changes with
 # B and H, and would double the kernels. They are read before the first step, or one state of them.
 ANY_ALIGNMENT = frozenset(
-    ("bias", "h0", "c0", "restart_h", "restart_c", "restart", "initial", "dh_n", "dc_n")
-    + ("lengths", "drop")
+    ("b_ih", "b_hh", "bias", "h0", "c0", "initial", "restart_h", "restart_c", "restart")
+    + ("dh_n", "dc_n", "lengths", "drop")
 )
 
 
@@ -56,12 +56,14 @@ class Variant:
 
     Attributes:
         kernel: the Triton function.
+        functions: those of the cell, among its constants.
         constants: its constexpr arguments.
         options: what the compiler is told beside the arguments.
         compiled: by device and by which tensors there are and their types, what the JIT found.
     """
 
     kernel: Any
+    functions: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
     compiled: dict[Any, Any] = field(default_factory=dict)
@@ -98,44 +100,53 @@ def launch(
         RuntimeError: a launch fails, with the plan.
     """
     B: Any = numbers["B"]
-    N: Any = numbers["N"]
     if plan.members > 1:
-        tiles = -(-B // plan.block_b)
-        size = tiles * D * 2 * LINE.value
+        size = -(-B // plan.block_b) * D * 2 * LINE.value
         tensors["counters"] = torch.zeros(size, dtype=torch.int32, device=device)
+    first = True
+    for tile, tiles, direction, directions in plan.launches(B, D):
+        numbers["first_tile"], numbers["first_direction"] = tile, direction
+        grid = (plan.members, tiles, directions)
+        try:
+            launch_once(variant, grid, device, tensors, numbers)
+        except (RuntimeError, OutOfResources) as error:
+            text = f"a sweep failed, planned as {plan}: {error}"
+            if plan.members > 1 and first:
+                if "cooperative launch" in str(error):
+                    programs = plan.members * tiles * directions
+                    raise LaunchRefused(text, programs // 2) from error
+                if "not supported" in str(error):
+                    raise LaunchRefused(text, 0) from error
+            raise RuntimeError(text) from error
+        first = False
+
+
+def launch_once(
+    variant: Variant,
+    grid: tuple[int, int, int],
+    device: torch.device,
+    tensors: Mapping[str, Tensor | None],
+    numbers: Mapping[str, int | float | None],
+) -> None:
+    """Launch a kernel; the first time for arguments of a kind, through Triton's JIT."""
     key = (
         device,
         *[None if t is None else t.dtype for t in tensors.values()],
-        *[n is None for n in numbers.values()],
+        *[n is None or n >= 2**31 for n in numbers.values()],  # in 64 bits
     )
-    compiled = variant.compiled.get(key)
-    if compiled is not None and (N >= 2**31 or not _aligned(tensors)):
-        compiled = None  # the JIT makes another kernel of these
-    first = True
-    try:
-        for tile, tiles, direction, directions in plan.launches(B, D):
-            numbers["first_tile"], numbers["first_direction"] = tile, direction
-            grid = (plan.members, tiles, directions)
-            if compiled is not None:
-                compiled[grid](*tensors.values(), *numbers.values(), *variant.constants.values())
-            else:
-                found = variant.kernel[grid](
-                    **tensors, **numbers, **variant.constants, **variant.options
-                )
-                if first:
-                    _keep(variant, key, found, tensors, numbers)
-            first = False
-    except (RuntimeError, OutOfResources) as error:
-        text = f"a sweep failed, planned as {plan}: {error}"
-        if plan.members > 1 and first:
-            if "cooperative launch" in str(error):
-                raise LaunchRefused(text, plan.members * tiles * directions // 2) from error
-            if "not supported" in str(error):
-                raise LaunchRefused(text, 0) from error
-        raise RuntimeError(text) from error
+    compiled, constants = variant.compiled.get(key), variant.constants
+    if compiled is not None and _aligned(tensors):
+        compiled[grid](*tensors.values(), *numbers.values(), *constants.values())
+        return
+    found = variant.kernel[grid](**tensors, **numbers, **constants, **variant.options)
+    # Neither those of Triton's interpreter are kept, nor on AMD GPUs, where it looks at sizes, too,
+    # nor for memory that is aligned otherwise than usual: the JIT makes other kernels of that.
+    if found is not None and torch.version.hip is None and _aligned(tensors):
+        assert [*tensors, *numbers, *constants] == list(variant.kernel.arg_names)
+        variant.compiled[key] = found
 
 
-def _aligned(tensors: dict[str, Tensor | None]) -> bool:
+def _aligned(tensors: Mapping[str, Tensor | None]) -> bool:
     """Whether all tensors whose alignment counts begin at 16 bytes, as fresh memory does."""
     return not any(
         [
@@ -143,22 +154,3 @@ def _aligned(tensors: dict[str, Tensor | None]) -> bool:
             for name, t in tensors.items()
         ]
     )
-
-
-def _keep(
-    variant: Variant,
-    key: Any,
-    found: Any,
-    tensors: dict[str, Tensor | None],
-    numbers: dict[str, int | float | None],
-) -> None:
-    """Keep a compiled kernel for arguments like these.
-
-    Not those of Triton's interpreter, nor on AMD GPUs, where Triton looks at the sizes, too.
-    """
-    N: Any = numbers["N"]
-    if found is None or torch.version.hip is not None or N >= 2**31 or not _aligned(tensors):
-        return
-    if [*tensors, *numbers, *variant.constants] != list(variant.kernel.arg_names):
-        raise AssertionError(f"{variant.kernel.arg_names} are passed in another order")
-    variant.compiled[key] = found

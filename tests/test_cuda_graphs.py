@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_rnn import triton_backend, triton_engine
 from fused_rnn.dispatch import Backend
-from fused_rnn.kernels import backward, forward
+from fused_rnn.kernels import backward, forward, pack
 from fused_rnn.kernels.plan import LIMITS, SPECS, make_plan
 from fused_rnn.problem import Layer
 
@@ -94,6 +94,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return triton_engine.TritonEngine(plan, "tf32")
 
     monkeypatch.setattr(triton_backend, "make_engine", make_engine)
+    monkeypatch.setattr(pack, "launch_once", lambda *_: None)
     monkeypatch.setattr(triton_engine, "forward_sweep", forward_sweep)
     monkeypatch.setattr(triton_engine, "reverse_sweep", reverse_sweep)
 

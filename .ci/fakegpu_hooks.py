@@ -5,7 +5,7 @@ kernels_for_cpu_tensors   install            devices.kernel_device(device)
 precision                 layers, recompile  nothing private: PyTorch's own switches
 forced_plan               layers             tuning.forced(chooser), kernels.plan.plans, Plan
 device_contexts           host               triton_engine._device_and_precision
-no_launches               waits              kernels: forward.launch, backward.launch, pack.launch_once
+no_launches               waits              forward.launch, backward.launch, pack.launch_once
 recorded_layers           waits              autograd.run, dispatch.choose_for, Engine
 no_value_checks           waits              base.packed_reset
 

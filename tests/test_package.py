@@ -29,6 +29,7 @@ def test_wheel_holds_the_kernels_inside_the_package(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "fused_rnn/kernels/__init__.py" in names
     assert "fused_rnn/examples/textgen.py" in names
+    assert "fused_rnn/check/__main__.py" in names
     assert "fused_rnn/py.typed" in names
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"fused_rnn"}

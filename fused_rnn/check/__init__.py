@@ -1,0 +1,1 @@
+"""Is everything right on this machine? ``python -m fused_rnn.check`` measures and says so."""

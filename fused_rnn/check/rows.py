@@ -1,0 +1,201 @@
+"""What is checked: one row for a cell, a type, and a regime of the kernels or an engine of the CPU.
+
+The sizes are such that the planner itself takes the regime, so what is checked is what users run.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import fused_rnn
+from fused_rnn import devices
+from fused_rnn.devices import UnknownDevice, device_limits
+from fused_rnn.dispatch import Backend
+from fused_rnn.triton_backend import refusal
+from fused_rnn.tuning import Request, choose_plan
+
+# name: (torch.nn's layer, ours, keyword arguments of both)
+CELLS: dict[str, tuple[type[Any], type[Any], dict[str, str]]] = {
+    "rnn_tanh": (nn.RNN, fused_rnn.FusedRNN, {}),
+    "rnn_relu": (nn.RNN, fused_rnn.FusedRNN, {"nonlinearity": "relu"}),
+    "gru": (nn.GRU, fused_rnn.FusedGRU, {}),
+    "lstm": (nn.LSTM, fused_rnn.FusedLSTM, {}),
+}
+DTYPES = {
+    "fp32": torch.float32,  # in full precision
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp64": torch.float64,
+}
+# Hidden sizes to try for each regime, the most telling first.
+SIZES = {
+    "persistent": (128, 64, 32),
+    "cooperative": (512, 256, 1024),
+    "streamed": (512, 1024, 1536, 2048, 2560, 3072, 4096),
+}
+QUICK_SIZES = {"persistent": (64, 32), "cooperative": (256, 512), "streamed": (256, 512)}
+QUICK = (
+    ("gru", "bf16", "persistent"),
+    ("lstm", "fp16", "cooperative"),
+    ("rnn_relu", "fp32", "streamed"),
+)
+NO_KERNELS = "none on this device"
+
+PlanOf = Callable[[Request], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer to check.
+
+    Attributes:
+        cell: a key of CELLS.
+        dtype: a key of DTYPES.
+        wanted: a regime of the kernels, "sweeps" or "oneDNN" of the CPU, or "eager".
+        T: time steps; also B sequences, I inputs, H hidden units.
+        timed_steps: time steps where time is taken; 0 if none is.
+        backend: the layer's argument.
+        repeats: runs that have to give the same bits.
+    """
+
+    cell: str
+    dtype: str
+    wanted: str
+    T: int
+    B: int
+    I: int
+    H: int
+    timed_steps: int
+    backend: Backend = "auto"
+    repeats: int = 20
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other rows."""
+        return f"{self.cell} {self.dtype} {self.wanted} H={self.H}"
+
+    @property
+    def precision(self) -> Literal["ieee", "tf32"]:
+        """Of fp32 products on a GPU."""
+        return "tf32" if self.dtype == "tf32" else "ieee"
+
+    def request(self) -> Request:
+        """What the planner is asked."""
+        return Request(self.cell, self.H, DTYPES[self.dtype], self.B, 1, self.precision)
+
+
+def where() -> tuple[torch.device, torch.device | None, str]:
+    """Where the rows' tensors lie, what runs their kernels or None, and that in words."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chip = devices.kernel_device(device)
+    if reason := refusal(torch.float32, projected=False):
+        return device, None, f"none: {reason}"
+    if chip is None:
+        return device, None, NO_KERNELS
+    try:
+        device_limits(chip)
+    except UnknownDevice as unknown:
+        return device, None, f"none: no plan for {unknown}"
+    return device, chip, "interpreter" if devices.interpreted() else "compiled"
+
+
+def rows(*, quick: bool = False, every: bool = False) -> list[Row]:
+    """The rows for this machine, as ``TRITON_INTERPRET`` has it."""
+    device, chip, _ = where()
+    if chip is not None and devices.interpreted():
+        return list(_interpreter_rows(quick))
+    if chip is not None:
+        limits = device_limits(chip)
+        plan_of: PlanOf = lambda request: choose_plan(request, limits, chip)  # noqa: E731
+        return list(gpu_rows(plan_of, emulated=device != chip, quick=quick, every=every))
+    if device.type == "cuda":
+        return [
+            Row(cell, dtype, "eager", T=32, B=16, I=64, H=128, timed_steps=64)
+            for cell in CELLS
+            for dtype in DTYPES
+        ]
+    return list(_cpu_rows(quick))
+
+
+def gpu_rows(
+    plan_of: PlanOf, *, emulated: bool = False, quick: bool = False, every: bool = False
+) -> Iterator[Row]:
+    """Rows of compiled kernels.
+
+    Every cell meets every type, every cell every regime, and every type every regime; with
+    ``every`` also all three together. The kernels of a row take some seconds to compile.
+
+    Args:
+        plan_of: the planner: a request to a plan; it may raise DoesNotFit.
+        emulated: the tensors lie on the CPU, where torch.nn has no TF32 and times mean nothing.
+        quick: three small rows, one for each regime.
+        every: all combinations.
+    """
+    types = ("fp32", "fp16", "bf16") if emulated else ("fp32", "tf32", "fp16", "bf16")
+    regimes = list(SIZES)
+
+    def find(cell: str, dtype: str, regime: str) -> Row | None:
+        for H in (QUICK_SIZES if quick else SIZES)[regime]:
+            row = Row(
+                cell,
+                dtype,
+                regime,
+                T=4 if quick else 32,
+                B=8 if quick else 16,
+                I=16 if quick else 64,
+                H=H,
+                timed_steps=0 if emulated else 512,
+                backend="triton" if emulated else "auto",  # which leaves CPU tensors to the CPU
+            )
+            if _regime(plan_of, row) == regime:
+                return row
+        return None
+
+    if every:
+        found = (find(c, d, r) for c in CELLS for d in types for r in regimes)
+        yield from (row for row in found if row is not None)
+        return
+    turns = [
+        (cell, dtype, regimes[(c + d) % 3])
+        for c, cell in enumerate(CELLS)
+        for d, dtype in enumerate(types)
+    ]
+    for cell, dtype, first in QUICK if quick else turns:
+        at = regimes.index(first)  # the chip may lack a regime: then the next one
+        options = (find(cell, dtype, r) for r in regimes[at:] + regimes[:at])
+        yield from [row for row in options if row is not None][:1]
+
+
+def _regime(plan_of: PlanOf, row: Row) -> str | None:
+    from fused_rnn.kernels.plan import DoesNotFit
+
+    try:
+        return str(plan_of(row.request()).regime)
+    except DoesNotFit:
+        return None
+
+
+def _cpu_rows(quick: bool) -> Iterator[Row]:
+    """The engines that ``auto`` chooses, and the eager loop, which defines every result."""
+    size: dict[str, Any] = {"T": 8, "B": 8, "I": 32, "H": 64, "timed_steps": 64}
+    for cell in CELLS:
+        for dtype in ("fp32",) if quick else ("fp64", "fp32", "fp16", "bf16"):
+            engine = "oneDNN" if (cell, dtype) == ("lstm", "fp32") else "sweeps"
+            yield Row(cell, dtype, engine, **size)
+        if not quick:
+            yield Row(cell, "fp32", "eager", backend="eager", **size)
+
+
+def _interpreter_rows(quick: bool) -> Iterator[Row]:
+    """Tiny ones: a step takes milliseconds, and numpy gives the same bits at any time.
+
+    The interpreter cuts bf16 off where a GPU rounds, so its errors there say nothing.
+    """
+    size: dict[str, Any] = {"T": 3, "B": 3, "I": 4, "H": 10, "timed_steps": 0, "repeats": 3}
+    for cell in ("gru", "lstm") if quick else CELLS:
+        for dtype in ("fp32",) if quick else ("fp32", "fp16"):
+            yield Row(cell, dtype, "persistent", backend="triton", **size)

@@ -116,22 +116,27 @@ class FusedRNNBase(nn.Module):
         Raises:
             RuntimeError: one was replaced by a tensor of another size.
         """
-        read = self._read
-        return [
-            [
-                Weights._make([None if entry is None else read(*entry) for entry in direction])
-                for direction in directions
-            ]
-            for directions in self._layout
-        ]
+        found: list[list[Weights]] = []
+        own = self._parameters.get
+        for directions in self._layout:
+            mine = []
+            for entries in directions:
+                tensors: list[Any] = []
+                for entry in entries:
+                    # Sooner than by __getattr__; what is computed is no parameter.
+                    tensor: Tensor | None = None if entry is None else own(entry[0])
+                    if entry is not None and (tensor is None or tensor.shape != entry[1]):
+                        tensor = self._read(*entry)
+                    tensors.append(tensor)
+                mine.append(Weights._make(tensors))
+            found.append(mine)
+        return found
 
     def _read(self, name: str, size: tuple[int, ...]) -> Tensor:
-        tensor: Any = self._parameters.get(name)  # sooner than __getattr__, where it is one
-        if tensor is None:
-            tensor = getattr(self, name)
+        tensor: Tensor = getattr(self, name)
         if tensor.shape != size:
             raise RuntimeError(f"Expected {name} of size {size}, got {tuple(tensor.shape)}")
-        return tensor  # type: ignore[no-any-return]
+        return tensor
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
@@ -284,7 +289,7 @@ class FusedRNNBase(nn.Module):
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             self.check_input(data, batch_sizes, w_ih)
-            again = packed_reset(input, reset)
+            again = None if reset is None else packed_reset(input, reset)
             if lengths is not None:
                 raise ValueError("lengths are for padded input; a PackedSequence has its own")
             traced = ops.tracing()
@@ -293,17 +298,17 @@ class FusedRNNBase(nn.Module):
                 self._check_states(data, hx, rows.B)
                 if sorted_indices is not None:
                     hx = tuple(s.index_select(1, sorted_indices) for s in hx)
-            learned = self._learned(hx, again)
+            learned = self._learned(hx, again) if self.learn_h0 else None
             states = self._initial(data, rows.B, learned) if hx is None else hx
             found, states = self._stack(
                 data, states, rows, weights, learned, None, again, return_cell_sequence
             )
             if unsorted_indices is not None:
                 states = tuple(s.index_select(1, unsorted_indices) for s in states)
-            packed = (
+            packed = [
                 PackedSequence(s, batch_sizes, sorted_indices, unsorted_indices) for s in found
-            )
-            return next(packed), states, *packed
+            ]
+            return packed[0], states, *packed[1:]
 
         if input.dim() not in (2, 3):
             suffix = " tensor instead" if self.mode.startswith("RNN") else " instead"
@@ -319,11 +324,12 @@ class FusedRNNBase(nn.Module):
         self.check_input(input, None, w_ih)
         x = input.transpose(0, 1) if self.batch_first else input
         T, B, _ = x.shape
-        check_lengths(lengths, x, batched)
-        again = self._padded_reset(reset, x, batched)
+        if lengths is not None:
+            check_lengths(lengths, x, batched)
+        again = None if reset is None else self._padded_reset(reset, x, batched)
         if hx is not None:
             self._check_states(x, hx, B)
-        learned = self._learned(hx, again)
+        learned = self._learned(hx, again) if self.learn_h0 else None
         states = self._initial(x, B, learned) if hx is None else hx
         if ops.tracing():  # the operators take the batch as it is
             found, states = self._stack(
@@ -343,12 +349,8 @@ class FusedRNNBase(nn.Module):
             states = tuple([s.squeeze(1) for s in states])
         return found[0], states, *found[1:]
 
-    def _padded_reset(
-        self, reset: Tensor | PackedSequence | None, x: Tensor, batched: bool
-    ) -> Tensor | None:
+    def _padded_reset(self, reset: Tensor | PackedSequence, x: Tensor, batched: bool) -> Tensor:
         """``reset`` as [T, B], checked against the input ``x`` [T, B, I]."""
-        if reset is None:
-            return None
         if not isinstance(reset, Tensor):
             raise TypeError(f"reset should be a bool tensor, as input, got {type(reset).__name__}")
         T, B, _ = x.shape
@@ -372,7 +374,7 @@ class FusedRNNBase(nn.Module):
 
     def _learned(self, hx: States | None, reset: Tensor | None) -> States | None:
         """The learned initial states [L*D, .] if this call needs any; read once, as weights are."""
-        if not self.learn_h0 or (hx is not None and reset is None):
+        if hx is not None and reset is None:
             return None
         rows = self.num_layers * self._directions
         names = zip(("h_0", "c_0"), self._state_widths, strict=False)

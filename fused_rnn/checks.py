@@ -31,13 +31,11 @@ def check_extras(
             raise ValueError(f"clip_recurrent_grad should be greater than zero, got {clip}")
 
 
-def check_lengths(lengths: Tensor | None, x: Tensor, batched: bool) -> None:
+def check_lengths(lengths: Tensor, x: Tensor, batched: bool) -> None:
     """Raise unless ``lengths`` [B] fits the input ``x`` [T, B, I].
 
     On a GPU its values are not looked at, which would wait for it.
     """
-    if lengths is None:
-        return
     T, B, _ = x.shape
     if not batched:
         raise ValueError("lengths are for batched input: cut the one sequence instead")
@@ -70,10 +68,8 @@ def check_reset(reset: Tensor, x: Tensor, steps: tuple[int, ...]) -> None:
         )
 
 
-def packed_reset(input: PackedSequence, reset: Tensor | PackedSequence | None) -> Tensor | None:
+def packed_reset(input: PackedSequence, reset: Tensor | PackedSequence) -> Tensor:
     """``reset`` as [N], checked against the input."""
-    if reset is None:
-        return None
     if not isinstance(reset, PackedSequence):
         raise TypeError(f"reset should be packed as the input is, got {type(reset).__name__}")
     if not ops.tracing() and not torch.equal(reset.batch_sizes, input.batch_sizes):

@@ -31,9 +31,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
     As everywhere in autocast, fp64 stays as it is, and so do integers.
     """
-    if _autocast_is_on(x.device) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return None
+    device = x.device
+    if not _autocast_is_on(device) or not x.is_floating_point() or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _autocast_is_on(device: torch.device) -> bool:

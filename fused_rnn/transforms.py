@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_rnn import autograd, dispatch, reference
 from fused_rnn.autograd import forward_mode
@@ -20,7 +21,7 @@ from fused_rnn.rows import Rows
 
 def active() -> bool:
     """Whether a transform of torch.func is at work, or forward-mode differentiation."""
-    return torch._C._are_functorch_transforms_active() or forward_mode()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def run(layer: Layer, inputs: Saved, backend: Backend) -> Outputs:

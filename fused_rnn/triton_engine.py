@@ -54,7 +54,7 @@ class TritonEngine:
             w_hh, b_hn = recurrent_weights(layer, weights), recurrent_bias(layer, weights)
             out = x.new_empty(x.shape[0], layer.directions * h0.shape[-1])
             h0, c0 = h0.contiguous(), None if c0 is None else c0.contiguous()
-            cells = _cells(layer)
+            cells = layer.extras is not None and layer.extras.cells
             tensors = (layer.cell.name, gates, w_hh, b_hn, h0, c0, out)
             how = self._how(layer, inputs) | {"save": save, "cells": cells}
             try:
@@ -186,11 +186,6 @@ def _split(inputs: Saved) -> tuple[Tensor, Tensor, Tensor | None, Saved]:
     assert x is not None
     assert h0 is not None
     return x, h0, c0, tuple(flat)
-
-
-def _cells(layer: Layer) -> bool:
-    """Whether c of all steps is an output."""
-    return layer.extras is not None and layer.extras.cells
 
 
 def _saves_gates(layer: Layer) -> bool:

@@ -46,7 +46,8 @@ def splits_last_gate(cell: str) -> bool:
 
 def recurrent_bias(layer: Layer, weights: list[Weights]) -> Tensor | None:
     """That of a part with a slot of its own, b_hn of a GRU: [D, H], zeros without biases."""
-    if not splits_last_gate(layer.cell.name):
+    name = layer.cell.name
+    if X_SLOTS[name][-1] == H_SLOTS[name][-1]:
         return None
     H = weights[0].w_hh.shape[1]
     found = [w.w_hh.new_zeros(H) if w.b_hh is None else w.b_hh[-H:] for w in weights]

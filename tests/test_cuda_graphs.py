@@ -313,23 +313,3 @@ def test_a_device_that_is_not_the_current_one(kind: str) -> None:
         again = layer(x)[0]
         assert torch.equal(again, output)
         assert torch.equal(torch.autograd.grad(again.sum(), x)[0], slope)
-
-
-@every_kind
-@pytest.mark.gpu
-def test_make_graphed_callables(kind: str) -> None:
-    """PyTorch's own way to spare the host a layer: outputs and gradients as without."""
-    need_gpus()
-    layer, graphed = pair(kind), pair(kind)
-    graphed.load_state_dict(layer.state_dict())
-    x = torch.randn(20, 8, 16, device="cuda", requires_grad=True)
-    graphed = torch.cuda.make_graphed_callables(graphed, (x,))
-    for _ in range(3):
-        y = torch.randn_like(x).requires_grad_()
-        results = []
-        for each in (layer, graphed):
-            found = tensors(each(y))
-            grads = torch.autograd.grad(sum(t.sum() for t in found), [y, *each.parameters()])
-            results.append([t.detach().clone() for t in (*found, *grads)])
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b)

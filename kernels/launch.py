@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from fused_rnn.kernels.group import LINE
 from fused_rnn.kernels.plan import Plan
@@ -109,13 +109,13 @@ def launch(
         grid = (plan.members, tiles, directions)
         try:
             launch_once(variant, grid, device, tensors, numbers)
-        except (RuntimeError, OutOfResources) as error:
+        except (RuntimeError, TritonError) as error:
             text = f"a sweep failed, planned as {plan}: {error}"
             if plan.members > 1 and first:
                 if "cooperative launch" in str(error):
                     programs = plan.members * tiles * directions
                     raise LaunchRefused(text, programs // 2) from error
-                if "not supported" in str(error):
+                if "operation not supported" in str(error):
                     raise LaunchRefused(text, 0) from error
             raise RuntimeError(text) from error
         first = False

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 import fused_rnn
@@ -267,7 +268,13 @@ def test_a_forced_plan_is_not_replaced(limits: None, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "error", [OutOfResources(300_000, 232_448, "shared memory"), RuntimeError("an illegal address")]
+    "error",
+    [
+        OutOfResources(300_000, 232_448, "shared memory"),
+        CompilationError(None, None, "no such instruction"),
+        RuntimeError("an illegal address"),
+    ],
+    ids=lambda error: type(error).__name__,
 )
 def test_an_error_names_the_plan(
     error: Exception, kernels: dict[str, IdleKernel], monkeypatch: pytest.MonkeyPatch

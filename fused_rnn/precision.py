@@ -14,13 +14,10 @@ _MATMUL: Any = torch.backends.cuda.matmul
 def rnn_precision() -> Literal["ieee", "tf32"]:
     """The setting for recurrent layers: "tf32" (PyTorch's default) or "ieee".
 
-    ``torch.backends.cudnn.rnn.fp32_precision``, or what it inherits from; before PyTorch 2.9
-    ``torch.backends.cudnn.allow_tf32``.
+    ``torch.backends.cudnn.rnn.fp32_precision``, or what it inherits from.
     """
     for holder in _HOLDERS:
-        setting = getattr(holder, "fp32_precision", None)
-        if setting is None:
-            return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+        setting = holder.fp32_precision
         if setting != "none":
             return "tf32" if setting == "tf32" else "ieee"
     return "ieee"
@@ -58,16 +55,10 @@ class matmul_precision(AbstractContextManager[None]):
         self.setting = setting
 
     def __enter__(self) -> None:
-        value: Any = self.setting
-        self.name, self.before = "fp32_precision", None
-        try:
-            before = _MATMUL.fp32_precision
-        except AttributeError:  # before PyTorch 2.9
-            self.name, before, value = "allow_tf32", _MATMUL.allow_tf32, self.setting == "tf32"
-        if value != before:
-            self.before = before
-            setattr(_MATMUL, self.name, value)
+        self.before = _MATMUL.fp32_precision
+        if self.before != self.setting:
+            _MATMUL.fp32_precision = self.setting
 
     def __exit__(self, *error: object) -> None:
-        if self.before is not None:
-            setattr(_MATMUL, self.name, self.before)
+        if self.before != self.setting:
+            _MATMUL.fp32_precision = self.before

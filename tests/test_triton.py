@@ -191,8 +191,6 @@ def test_error_against_cudnn(kind: str, dtype: torch.dtype, H: int) -> None:
 def test_precision_follows_the_switch_of_nn_lstm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     rnn = torch.backends.cudnn.rnn
-    if not hasattr(rnn, "fp32_precision"):
-        pytest.skip("PyTorch before 2.9 has torch.backends.cudnn.allow_tf32 alone")
     before, matmul = rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     try:
         for setting in ("ieee", "tf32"):

@@ -105,11 +105,8 @@ def measure(row: Row, device: torch.device, note: Callable[..., None]) -> dict[s
 
 def set_precision(setting: str) -> None:
     """Of fp32 products of recurrent layers on a GPU, torch.nn's and ours."""
-    rnn: Any = getattr(torch.backends.cudnn, "rnn", None)
-    if hasattr(rnn, "fp32_precision"):
-        rnn.fp32_precision = setting
-    else:  # before PyTorch 2.9
-        torch.backends.cudnn.allow_tf32 = setting == "tf32"
+    rnn: Any = torch.backends.cudnn.rnn
+    rnn.fp32_precision = setting
 
 
 def ran(backend: str, reason: str) -> str:

@@ -27,9 +27,11 @@ from sweep_oracle import (  # noqa: E402
     check_sweeps,
     group_plan,
 )
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
 import fused_rnn.kernels.backward as backward  # noqa: E402
 import fused_rnn.kernels.forward as forward  # noqa: E402
+import fused_rnn.kernels.group as group  # noqa: E402
 from fused_rnn import reference  # noqa: E402
 from fused_rnn.kernels.group import LINE  # noqa: E402
 from fused_rnn.kernels.plan import LIMITS, SPECS, make_plan  # noqa: E402
@@ -70,19 +72,31 @@ class Emulated:
         return launch
 
 
-def check(p: Problem, plan, arch, precision="ieee", seed=0, saves=(True,), wrong=None):
-    """Both sweeps of a layer against the fp64 loop; the bytes of weights that each has read.
+def emulate(arch, seed, wrong=None):
+    """Let both sweeps run here, compiled for a GPU of this architecture.
 
-    wrong: a sweep's module, a name in its kernel, and what that is to mean instead.
+    wrong: a sweep's module, and names in its kernel with what they are to mean instead.
     """
     emulated = []
     for module, (name, kernel) in KERNELS.items():
         if wrong and module is wrong[0]:
-            fn = FunctionType(kernel.fn.__code__, kernel.fn.__globals__ | {wrong[1]: wrong[2]})
+            fn = FunctionType(kernel.fn.__code__, kernel.fn.__globals__ | wrong[1])
             fn.__annotations__ = kernel.fn.__annotations__
             kernel = triton.jit(fn)
         emulated.append(Emulated(kernel, arch, seed))
         setattr(module, name, emulated[-1])
+        module.compile_target = lambda device: gpu_target(arch)
+    return emulated
+
+
+def gpu_target(arch):
+    """What Triton compiles for."""
+    return GPUTarget("cuda", arch, 32)
+
+
+def check(p: Problem, plan, arch, precision="ieee", seed=0, saves=(True,), wrong=None):
+    """Both sweeps of a layer against the fp64 loop; the bytes of weights that each has read."""
+    emulated = emulate(arch, seed, wrong)
     check_sweeps(p, plan, precision, use_c_seq=True, saves=saves)
     return [e.weight_bytes for e in emulated]
 
@@ -149,8 +163,7 @@ def check_group(group, arch):
 
 def check_extras(name, arch, group):
     """A layer with all extras at once, lengths, resets and masks, both directions."""
-    for module, (label, kernel) in KERNELS.items():
-        setattr(module, label, Emulated(kernel, arch, seed=1))
+    emulate(arch, seed=1)
     H, B, T, I, D, cell = 24, 9, 4, 8, 2, CELLS[name]
     torch.manual_seed(3)
 
@@ -199,13 +212,13 @@ def check_extras(name, arch, group):
 
 
 @triton.jit
-def arrive_relaxed(counters, step):
+def arrive_relaxed(counters, step, BLOCK_BARRIER: tl.constexpr):
     """`group.arrive` without its order."""
     tl.atomic_add(counters + (step % 2) * LINE, 1, sem="relaxed", scope="gpu")
 
 
 @triton.jit
-def wait_relaxed(counters, step, members):
+def wait_relaxed(counters, step, members, BLOCK_BARRIER: tl.constexpr):
     """`group.wait` without its order."""
     target = (step // 2 + 1) * members
     while tl.atomic_add(counters + (step % 2) * LINE, 0, sem="relaxed", scope="gpu") != target:
@@ -213,26 +226,50 @@ def wait_relaxed(counters, step, members):
     tl.debug_barrier()
 
 
+@triton.jit
+def arrive_bare(counters, step, BLOCK_BARRIER: tl.constexpr):
+    """`group.arrive` without a block barrier of its own."""
+    group.arrive(counters, step, False)
+
+
+@triton.jit
+def wait_bare(counters, step, members, BLOCK_BARRIER: tl.constexpr):
+    """`group.wait` without a block barrier of its own."""
+    group.wait(counters, step, members, False)
+
+
+BARE = {"arrive": arrive_bare, "wait": wait_bare}
+
+
 def check_wrong(arch):
-    """A barrier that does not order memory is a race, even where the numbers come out right."""
+    """A barrier that does not order memory is a race, even where the numbers come out right.
+
+    Bare atomics are none where the compiler puts block barriers beside them, and only there.
+    """
     p = Problem("rnn_tanh", BF16, 40, 9, 3)
+    bare = group.needs_block_barriers(gpu_target(arch))
+    cases = ({"arrive": arrive_relaxed}, True), ({"wait": wait_relaxed}, True), (BARE, bare)
     for module in KERNELS:
-        for name, function in (("arrive", arrive_relaxed), ("wait", wait_relaxed)):
+        for functions, expected in cases:
             try:
-                check(p, group_plan(p, warps=4), arch, wrong=(module, name, function))
+                check(p, group_plan(p, warps=4), arch, wrong=(module, functions))
+                found = False
             except Race:
-                continue
-            sys.exit(f"{function.__name__} in {module.__name__} was not found to be a race")
-    print(f"sm_{arch} wrong barriers: races found", flush=True)
+                found = True
+            if found != expected:
+                what = f"{', '.join(f.__name__ for f in functions.values())} in {module.__name__}"
+                sys.exit(f"{what}: a race was {'found' if found else 'not found'}")
+    who = "ours" if bare else "the compiler's"
+    print(f"sm_{arch} wrong barriers: races found; block barriers are {who}", flush=True)
 
 
 if __name__ == "__main__":
     for arch in (80, 90):
         for name in SPECS:
             check_cell(name, arch)
-        for group in GROUPS if arch == 80 else GROUPS[::2]:
-            check_group(group, arch)
+        for case in GROUPS if arch == 80 else GROUPS[::2]:
+            check_group(case, arch)
         for name in ("rnn_tanh", "gru", "lstm"):
-            for group in (False, True):
-                check_extras(name, arch, group)
+            for several in (False, True):
+                check_extras(name, arch, several)
         check_wrong(arch)

@@ -93,6 +93,7 @@ def _arguments(
     D: int,
     packed: bool,
     plan: Plan,
+    target: GPUTarget,
     extras: tuple[str, ...] = (),
 ) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The Triton function, the types of its run-time arguments, its constants."""
@@ -102,7 +103,7 @@ def _arguments(
     lstm, gates = spec.states == 2, spec.slots == 4
     integers = ("T", "B", "N", "first_tile", "first_direction", "reverse")
     types = dict.fromkeys(integers, "i32") | {"scale": "fp32", "w": x}
-    constants = sweep_constants(plan, D) | {
+    constants = sweep_constants(plan, D, target) | {
         "G": spec.gates,
         "STATES": spec.states,
         "H": H,
@@ -157,7 +158,8 @@ def compile_sweep(
     extras: tuple[str, ...] = (),
 ) -> Any:
     """What triton.compile makes of one sweep; ``extras`` are some of `static_extras.EXTRAS`."""
-    fn, types, constants = _arguments(kernel, cell, H, dtype, D, packed, plan, extras)
+    what = kernel, cell, H, dtype, D, packed, plan, gpu_target(limits), extras
+    fn, types, constants = _arguments(*what)
     return compile_kernel(fn, types, constants, limits, launch_options(plan))
 
 
@@ -179,10 +181,13 @@ def compile_kernel(
             if types.get(n, "").startswith("*")
         },
     )
+    return triton.compile(source, target=gpu_target(limits), options=options)
+
+
+def gpu_target(limits: Limits) -> GPUTarget:
+    """What Triton compiles for."""
     backend = "cuda" if isinstance(limits.target, int) else "hip"
-    return triton.compile(
-        source, target=GPUTarget(backend, limits.target, limits.warp), options=options
-    )
+    return GPUTarget(backend, limits.target, limits.warp)
 
 
 def loop_counts(sass: str) -> dict[str, int]:

@@ -26,7 +26,14 @@ from fused_rnn.kernels.extras import (
     zeros_where_ragged,
 )
 from fused_rnn.kernels.forward import NONE, Rows, direction_bits
-from fused_rnn.kernels.group import LINE, arrive, launch_options, sweep_constants, wait
+from fused_rnn.kernels.group import (
+    LINE,
+    arrive,
+    compile_target,
+    launch_options,
+    sweep_constants,
+    wait,
+)
 from fused_rnn.kernels.launch import Variant, launch, sweep_kernel
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
@@ -220,6 +227,7 @@ def backward_kernel(
     BLOCK_B: tl.constexpr,
     REGISTERS: tl.constexpr,
     STREAM: tl.constexpr,
+    BLOCK_BARRIER: tl.constexpr,  # see group.py
     MS: tl.constexpr,
     TOGETHER: tl.constexpr,
     FAST: tl.constexpr,
@@ -413,7 +421,7 @@ def backward_kernel(
                     store_partial(
                         part, partials + parity, i, member, MEMBERS, BLOCK_H, BLOCK_K, BLOCK_B
                     )
-            arrive(counters, step)
+            arrive(counters, step, BLOCK_BARRIER)
         else:
             # Two accumulators: half as long a chain of dependent instructions.
             init = direct if drop is None else none
@@ -440,7 +448,7 @@ def backward_kernel(
             now = CELL_STATE(saved, before)
         factors = FACTORS(saved, now, before, FAST)
         if MEMBERS > 1:
-            wait(counters, step, MEMBERS)
+            wait(counters, step, MEMBERS, BLOCK_BARRIER)
             new_dh = sum_partials(
                 partials + parity + member * PART, u0, MEMBERS, TOGETHER, H, BLOCK_H, BLOCK_B
             )
@@ -503,16 +511,16 @@ def plan_constants(plan: Plan) -> dict[str, int]:
     return {"MS": plan.k_split * plan.m_split, "TOGETHER": max(1, min(8, together))}
 
 
-def variant(plan: Plan, cell: str, D: int, H: int, precision: str) -> Variant:
+def variant(plan: Plan, cell: str, D: int, H: int, precision: str, target: Any = None) -> Variant:
     """The sweep of one cell, named ``cell``, under one plan."""
-    key = (plan, cell, D, H, precision)
+    key = (plan, cell, D, H, precision, target)
     found, functions = VARIANTS.get(key), (FACTORS[cell], ADJOINTS[cell], CELL_STATES.get(cell))
     alike = found is not None and all(map(is_, found.functions, functions))
     if found is None or not alike or found.kernel is not backward_kernel:
         spec = SPECS[cell]
         own = dict(zip(("FACTORS", "ADJOINT", "CELL_STATE"), functions, strict=True))
         own |= {"G": spec.gates, "STATES": spec.states, "H": H, "PRECISION": precision}
-        constants = sweep_constants(plan, D) | plan_constants(plan) | own
+        constants = sweep_constants(plan, D, target) | plan_constants(plan) | own
         found = Variant(backward_kernel, functions, constants, launch_options(plan))
         VARIANTS[key] = found
     return found
@@ -613,6 +621,7 @@ def reverse_sweep(
         "first_direction": 0,
         "reverse": direction_bits(reverse),
     }
-    this = variant(plan, cell, D, H, precision)
+    target = compile_target(out.device) if plan.members > 1 else None
+    this = variant(plan, cell, D, H, precision, target)
     launch(this, plan, D, out.device, tensors, numbers)
     return Gradients(dgates, dh0, dc0, drestart_h, drestart_c)

@@ -25,7 +25,14 @@ from fused_rnn.kernels.extras import (
     load_restart,
     zeros_where_ragged,
 )
-from fused_rnn.kernels.group import LINE, arrive, launch_options, sweep_constants, wait
+from fused_rnn.kernels.group import (
+    LINE,
+    arrive,
+    compile_target,
+    launch_options,
+    sweep_constants,
+    wait,
+)
 from fused_rnn.kernels.launch import Variant, launch, sweep_kernel
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
@@ -113,6 +120,7 @@ def forward_kernel(
     BLOCK_B: tl.constexpr,
     REGISTERS: tl.constexpr,
     STREAM: tl.constexpr,
+    BLOCK_BARRIER: tl.constexpr,  # see group.py
     KS: tl.constexpr,
     MS: tl.constexpr,
     FAST: tl.constexpr,
@@ -196,8 +204,8 @@ def forward_kernel(
     h_at = h0 + first_row + b * H
     present = seq < B
     if FEEDS and MEMBERS > 1:
-        arrive(counters, 0)
-        wait(counters, 0, MEMBERS)
+        arrive(counters, 0, BLOCK_BARRIER)
+        wait(counters, 0, MEMBERS, BLOCK_BARRIER)
         h_at = fed + row.to(tl.int64) * (D * H) + b * (D * H)
         present = seq < count
     if STREAM:
@@ -294,11 +302,11 @@ def forward_kernel(
         if MEMBERS > 1:
             # What the others wait for comes first; the rest is stored while they read it.
             if FEEDS:
-                arrive(counters, step + FED_BEFORE)
+                arrive(counters, step + FED_BEFORE, BLOCK_BARRIER)
                 tl.store(out_at + state_at, hw, mask=stored)
             else:
                 tl.store(out_at + state_at, hw, mask=stored)
-                arrive(counters, step)
+                arrive(counters, step, BLOCK_BARRIER)
         else:
             hs = (operand,)
             if SAVE:  # before or after the product, as ptxas makes the shorter step of it
@@ -321,7 +329,7 @@ def forward_kernel(
         if G == 3:
             x = put_hidden(x, hidden, m, WORDS)
         if MEMBERS > 1:
-            wait(counters, step + FED_BEFORE, MEMBERS)
+            wait(counters, step + FED_BEFORE, MEMBERS, BLOCK_BARRIER)
             if FEEDS:
                 h_at = fed + next_row.to(tl.int64) * (D * H) + b * (D * H)
                 present = seq < next_count
@@ -377,14 +385,16 @@ def plan_constants(plan: Plan) -> dict[str, int]:
     return {"KS": plan.k_split, "MS": plan.m_split}
 
 
-def variant(plan: Plan, cell: str, D: int, H: int, save: bool, precision: str) -> Variant:
+def variant(
+    plan: Plan, cell: str, D: int, H: int, save: bool, precision: str, target: Any = None
+) -> Variant:
     """The sweep of one cell, named ``cell``, under one plan."""
-    key = (plan, cell, D, H, save, precision)
+    key = (plan, cell, D, H, save, precision, target)
     found, step = VARIANTS.get(key), STEPS[cell]
     if found is None or found.kernel is not forward_kernel or found.functions[0] is not step:
         spec = SPECS[cell]
         own = {"STEP": step, "G": spec.gates, "STATES": spec.states, "H": H, "SAVE": save}
-        constants = sweep_constants(plan, D) | plan_constants(plan) | own
+        constants = sweep_constants(plan, D, target) | plan_constants(plan) | own
         constants["PRECISION"] = precision
         found = Variant(forward_kernel, (step,), constants, launch_options(plan))
         VARIANTS[key] = found
@@ -476,7 +486,8 @@ def forward_sweep(
         "first_direction": 0,
         "reverse": direction_bits(reverse),
     }
-    this = variant(plan, cell, D, H, save, precision)
+    target = compile_target(out.device) if plan.members > 1 else None
+    this = variant(plan, cell, D, H, save, precision, target)
     launch(this, plan, D, out.device, tensors, numbers)
     return Swept(h_n, c_n, c_seq, fed)
 

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from concurrent_interpreter import Hang, ProgramError, concurrent_grid
+from triton.backends.compiler import GPUTarget
 
 from fused_rnn.kernels import group
+from fused_rnn.kernels.plan import LIMITS, make_plan
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
@@ -301,3 +304,53 @@ def test_exception_in_a_program():
 def test_loop_without_memory():
     with pytest.raises(Hang, match=r"after 0.5 s: program \(1, 0, 0\), step 2, .*arrive_and_loop"):
         exchange(3, 1, timeout=0.5, arrive=arrive_and_loop)
+
+
+# ---- block barriers that the compiler brings, or not: read off its code -------------------------
+
+EXCHANGE = """
+	st.global.b32 [ %rd1 + 0 ], { %r2 };
+	bar.sync 	0;
+	@%p1 red.global.gpu.release.add.u32 [ %rd2 + 0 ], %r3;
+	@%p3 ld.relaxed.gpu.global.b32 %r13, [ %rd2 + 0 ];
+	@%p5 bra 	$L__BB0_2;
+	fence.acquire.gpu;
+	bar.sync 	0;
+	ld.global.cg.b32 { %r15 }, [ %rd5 + 0 ];
+	st.global.b32 [ %rd6 + 0 ], { %r15 };
+"""
+OTHER_LINES = {
+    "without_any": lambda lines: [x for x in lines if "bar.sync" not in x],
+    "without_the_first": lambda lines: lines[:2] + lines[3:],
+    "without_the_second": lambda lines: lines[:7] + lines[8:],
+    "first_before_the_store": lambda lines: [lines[0], lines[2], lines[1], *lines[3:]],
+    "second_before_the_acquire": lambda lines: [*lines[:6], lines[7], lines[6], *lines[8:]],
+    "of_some_threads": lambda lines: [re.sub("0;$", "1, 64;", x) for x in lines],
+    "predicated": lambda lines: [x.replace("bar", "@%p1 bar") for x in lines],
+    "relaxed": lambda lines: [x.replace("release", "relaxed") for x in lines],
+    "no_acquire": lambda lines: [x for x in lines if "acquire" not in x],
+    "two_releases": lambda lines: [*lines[:4], lines[3], *lines[4:]],
+    "a_call": lambda lines: [*lines[:2], "	call.uni somewhere;", *lines[2:]],
+    "nothing": lambda lines: [],
+}
+
+
+def test_block_barriers_are_found():
+    assert group.memory_order(EXCHANGE) == "sbrpabls"
+    assert group.has_block_barriers(EXCHANGE)
+    assert group.has_block_barriers(EXCHANGE.replace("fence.acquire", "fence.acq_rel"))  # sm_80
+
+
+@pytest.mark.parametrize("change", OTHER_LINES.values(), ids=OTHER_LINES)
+def test_block_barriers_are_missed(change):
+    assert not group.has_block_barriers("\n".join(change(EXCHANGE.splitlines())))
+
+
+def test_block_barriers_are_kept_where_nothing_is_known():
+    target = GPUTarget("cuda", 90, 32)
+    with pytest.warns(UserWarning, match="block barriers are kept"):  # the interpreter's kernel
+        assert group.needs_block_barriers.__wrapped__(target)
+    assert group.needs_block_barriers(GPUTarget("hip", "gfx942", 64))
+    assert group.compile_target(torch.device("cpu")) is None
+    plan = make_plan("lstm", 512, 2, 8, 1, LIMITS[90])
+    assert group.sweep_constants(plan, 1, None)["BLOCK_BARRIER"]

@@ -203,8 +203,8 @@ def test_inference():
 def test_missing_program(monkeypatch):
     """Who waits for a program that does not exist is named, with the step."""
 
-    def wrong(plan, D):
-        return right(plan, D) | {"MEMBERS": plan.members + 1}
+    def wrong(plan, *more):
+        return right(plan, *more) | {"MEMBERS": plan.members + 1}
 
     right = forward.sweep_constants
     p = Problem("gru", torch.float16, 17, 1, 2)
@@ -226,12 +226,12 @@ def test_unwritten_memory():
 
 
 @triton.jit
-def wait_for_nobody(counters, step, members):
+def wait_for_nobody(counters, step, members, BLOCK_BARRIER: tl.constexpr):
     tl.debug_barrier()
 
 
 @triton.jit
-def arrive_relaxed(counters, step):
+def arrive_relaxed(counters, step, BLOCK_BARRIER: tl.constexpr):
     tl.debug_barrier()
     tl.atomic_add(counters + (step % 2) * group.LINE, 1, sem="relaxed", scope="gpu")
 

@@ -1,14 +1,15 @@
 """The barrier among the programs of a group, alone: what one costs, and whether it counts right."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 import statistics
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from fused_rnn.check.speed import cuda_seconds
-from fused_rnn.kernels.group import LINE, arrive, wait
+from fused_rnn.kernels.group import LINE, arrive, compile_target, needs_block_barriers, wait
 
 ROUNDS = 1000
 PROGRAMS = (2, 8, 32, 64, 128)  # as many of them as the chip has multiprocessors
@@ -17,12 +18,12 @@ LAUNCHES = 10
 
 
 @triton.jit(do_not_specialize=["rounds", "programs"])
-def barrier_kernel(counters, rounds, programs):
+def barrier_kernel(counters, rounds, programs, BLOCK_BARRIER: tl.constexpr):
     """Every program announces a round and waits for all, ``rounds`` times."""
     step = 0
     while step < rounds:
-        arrive(counters, step)
-        wait(counters, step, programs)
+        arrive(counters, step, BLOCK_BARRIER)
+        wait(counters, step, programs, BLOCK_BARRIER)
         step += 1
 
 
@@ -42,10 +43,11 @@ def measure(programs: int, device: torch.device) -> dict[str, Any]:
 def _launch(programs: int, rounds: int, device: torch.device) -> float:
     """Microseconds of a launch on a GPU."""
     counters = torch.zeros(2 * LINE.value, dtype=torch.int32, device=device)
+    own = needs_block_barriers(compile_target(device))
     options = {"num_warps": 4, "num_stages": 1, "launch_cooperative_grid": True}
 
     def launch() -> None:
-        barrier_kernel[(programs,)](counters, rounds, programs, **options)
+        barrier_kernel[(programs,)](counters, rounds, programs, own, **options)
 
     if device.type == "cuda":
         us = 1e6 * cuda_seconds(launch)

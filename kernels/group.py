@@ -105,8 +105,11 @@ def needs_block_barriers(target: GPUTarget | None) -> bool:
         compiled = triton.compile(ASTSource(exchange, types), target=target, options=options)
         return not has_block_barriers(compiled.asm["ptx"])
     except Exception as error:
-        text = "block barriers are kept, though they may be redundant: nothing could be compiled"
-        warnings.warn(f"{text} to see that ({error})", stacklevel=2)
+        warnings.warn(
+            "block barriers are kept, though they may be redundant: nothing could be compiled "
+            f"to see that ({error})",
+            stacklevel=2,
+        )
         return True
 
 

@@ -18,6 +18,20 @@ threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(min(threads, os.cpu_count() or 1))
 
 
+GPU_TEST_SECONDS = 60
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test on a GPU that hangs ends its process, of which pytest-xdist starts another.
+
+    A wait for a GPU cannot be interrupted by a signal, and a kernel that spins ends with its
+    process alone, so the method is "thread". See CONTRIBUTING.md.
+    """
+    for item in items:
+        if item.get_closest_marker("gpu") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(GPU_TEST_SECONDS, method="thread"))
+
+
 @pytest.fixture(
     params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
 )

@@ -54,7 +54,7 @@ def prepare(
     extras = Extras(
         zoned=zoned,
         zoneout=0.0 if training else zoneout,
-        clip=clip_recurrent_grad,
+        clip=None if clip_recurrent_grad is None else float(clip_recurrent_grad),
         cells=return_cell_sequence and cell.has_c,
     )
     return extras, Masks(lengths, reset, restart_h, restart_c, zone_h, zone_c, drop)

@@ -20,7 +20,7 @@ from fused_rnn.kernels.forward import NONE, Rows, forward_sweep
 from fused_rnn.kernels.launch import LaunchRefused
 from fused_rnn.kernels.plan import DoesNotFit, Plan
 from fused_rnn.precision import matmul_precision
-from fused_rnn.problem import Grads, Layer, OutputGrads, Outputs, Saved, Specs
+from fused_rnn.problem import Grads, Layer, OutputGrads, Outputs, Saved, Specs, Weights
 from fused_rnn.triton_products import (
     X_SLOTS,
     gradients,
@@ -48,7 +48,7 @@ class TritonEngine:
     def forward(self, layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
         """Run the layer; saves the gates and c of all steps, with ``recompute`` c alone."""
         x, h0, c0, flat = _split(inputs)
-        weights = list(layer.unflatten(flat))
+        weights = _weights(layer, flat)
         with _device_and_precision(x, self.precision):
             gates = project(layer, x, weights)
             w_hh, b_hn = recurrent_weights(layer, weights), recurrent_bias(layer, weights)
@@ -96,7 +96,7 @@ class TritonEngine:
     ) -> Grads:
         """The reverse sweep, then one matrix product for each gradient that is needed."""
         x, h0, c0, flat = _split(inputs)
-        weights = list(layer.unflatten(flat))
+        weights = _weights(layer, flat)
         gates, c_seq, fed = saved
         with _device_and_precision(x, self.precision):
             if gates is None and _saves_gates(layer):
@@ -186,6 +186,11 @@ def _split(inputs: Saved) -> tuple[Tensor, Tensor, Tensor | None, Saved]:
     assert x is not None
     assert h0 is not None
     return x, h0, c0, tuple(flat)
+
+
+def _weights(layer: Layer, flat: Saved) -> list[Weights]:
+    """The parameters by direction, with rows one behind the other: kernels know no strides."""
+    return list(layer.unflatten([None if t is None else t.contiguous() for t in flat]))
 
 
 def _saves_gates(layer: Layer) -> bool:

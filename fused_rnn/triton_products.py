@@ -28,7 +28,7 @@ def recurrent_weights(layer: Layer, weights: list[Weights]) -> Tensor:
     product = PRODUCTS[SPECS[name].gates]
     if H_SLOTS[name] == product:
         if len(weights) == 1:
-            return weights[0].w_hh.contiguous().unsqueeze(0)
+            return weights[0].w_hh.unsqueeze(0)
         return torch.stack([w.w_hh for w in weights])
     G, H = len(H_SLOTS[name]), weights[0].w_hh.shape[1]
     none = weights[0].w_hh.new_zeros(H, H)

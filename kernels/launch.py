@@ -27,11 +27,12 @@ ANY_ALIGNMENT = frozenset(
 
 def sweep_kernel(function: Callable[..., None]) -> Any:
     """`triton.jit` with what is never to make a kernel of its own: lengths, batches, alignments."""
-    integers = {"T", "B", "N", "first_tile", "first_direction", "reverse", "zero"}
+    numbers = {"T", "B", "N", "first_tile", "first_direction", "reverse", "zero"}
+    numbers |= {"zoneout", "clip", "scale"}  # floats, of which Triton makes nothing special
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(
         function,
-        do_not_specialize=[name for name in names if name in integers],
+        do_not_specialize=[name for name in names if name in numbers],
         do_not_specialize_on_alignment=[name for name in names if name in ANY_ALIGNMENT],
     )
 
@@ -132,7 +133,7 @@ def launch_once(
     key = (
         device,
         *[None if t is None else t.dtype for t in tensors.values()],
-        *[n is None or n >= 2**31 for n in numbers.values()],  # in 64 bits
+        *[type(n) if n is None or n < 2**31 else "64 bits" for n in numbers.values()],
     )
     compiled, constants = variant.compiled.get(key), variant.constants
     if compiled is not None and _aligned(tensors):

@@ -120,6 +120,56 @@ def test_memory_that_is_not_aligned(kernels: dict[str, IdleKernel]) -> None:
     assert [len(k.found) for k in kernels.values()] == [0, 1, 0, 0]
 
 
+def test_kernels_get_rows_one_behind_the_other(kernels: dict[str, IdleKernel]) -> None:
+    """They know no strides: whatever a user passes or puts in a parameter's place."""
+
+    def strided(t: Tensor) -> Tensor:
+        return torch.stack([t, t], -1)[..., 0]
+
+    for kind, recompute in (("tanh", False), ("gru", False), ("lstm", False), ("lstm", True)):
+        layer = LAYERS[kind](
+            5, 8, backend="triton", bidirectional=True, recompute=recompute, zoneout=0.5
+        )
+        for name, parameter in list(layer.named_parameters()):
+            setattr(layer, name, torch.nn.Parameter(strided(parameter.detach())))
+        hx = [strided(torch.randn(2, 3, 8)) for _ in range(2 if kind == "lstm" else 1)]
+        lengths, reset = strided(torch.tensor([4, 1, 3])), strided(torch.ones(4, 3).bool())
+        x = strided(torch.randn(4, 3, 5)).requires_grad_()
+        output, final = layer(
+            x, tuple(hx) if kind == "lstm" else hx[0], lengths=lengths, reset=reset
+        )
+        outputs = [output, *(final if kind == "lstm" else [final])]
+        torch.autograd.backward(outputs, [strided(torch.randn(t.shape)) for t in outputs])
+    for name, kernel in kernels.items():
+        found = [dict(zip(kernel.arg_names, a, strict=True)) for a in kernel.direct] + kernel.found
+        assert found, name
+        for arguments in found:
+            tensors = {n: t for n, t in arguments.items() if isinstance(t, Tensor)}
+            assert [n for n, t in tensors.items() if not t.is_contiguous()] == [], name
+
+
+def test_numbers_of_another_type(kernels: dict[str, IdleKernel]) -> None:
+    """Triton would make a constant of an integer 1, and other integers of a whole number."""
+    x = torch.randn(4, 3, 5)
+    for n, clip in enumerate((1, 5, 16, 0.5)):
+        layer = fused_rnn.FusedLSTM(5, 8, backend="triton", clip_recurrent_grad=clip)
+        train(layer, x)
+        assert (new_kernels(kernels) == 0) is (n > 0), clip
+        layer.clip_recurrent_grad = 7
+        train(layer, x)
+        (*_, last) = kernels["backward_kernel"].direct
+        value = last[kernels["backward_kernel"].arg_names.index("clip")]
+        assert (type(value), value) == (float, 7)
+    plan = make_plan("rnn_tanh", 8, 4, 1, 1, LIMITS[90])
+    variant = forward.variant(plan, "rnn_tanh", 1, 8, False, "tf32")
+    kernel = kernels["forward_kernel"]
+    tensors, names = dict.fromkeys(kernel.arg_names[:19]), kernel.arg_names[19:27]
+    for zoneout, count in ((None, 1), (0.5, 2), (1, 3), (0.25, 3), (None, 3)):
+        numbers = dict.fromkeys(names, 1) | {"zoneout": zoneout}
+        launch.launch(variant, plan, 1, torch.device("cpu"), dict(tensors), numbers)
+        assert len(kernel.found) == count
+
+
 def test_rows_beyond_32_bits(kernels: dict[str, IdleKernel]) -> None:
     plan = make_plan("rnn_tanh", 8, 4, 1, 1, LIMITS[90])
     variant = forward.variant(plan, "rnn_tanh", 1, 8, False, "tf32")

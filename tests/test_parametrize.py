@@ -103,6 +103,24 @@ def test_parametrizations_of_the_kernels(kind: str, triton_device: str) -> None:
     assert fused.parametrizations.weight_hh_l0.original0.grad is not None
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["tanh", "gru", "lstm"])
+def test_strided_parameters_of_the_kernels(
+    kind: str, recompute: bool, triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns of a larger tensor, as of a network that computes weights."""
+    monkeypatch.setattr("fused_rnn.triton_backend.rnn_precision", lambda: "ieee")
+    plain, fused = twins(kind, 3, 5, backend="triton", recompute=recompute)
+    fused.to(triton_device)
+    for name, parameter in list(fused.named_parameters()):
+        wide = torch.stack([parameter.detach(), torch.full_like(parameter, torch.nan)], -1)
+        setattr(fused, name, nn.Parameter(wide[..., 0]))
+    x = torch.randn(3, 2, 3)
+    found, expected = gradients(fused, x.to(triton_device)), gradients(plain, x)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].cpu(), value, rtol=1e-4, atol=1e-5)
+
+
 def test_each_weight_is_computed_once_per_call() -> None:
     class Count(nn.Module):
         calls = 0

@@ -86,7 +86,7 @@ def limit_programs(device: torch.device, programs: int) -> None:
             "be shared (MPS) or cut (MIG). Layers are planned with fewer programs from now on.",
             stacklevel=2,
         )
-    _refused[device] = programs
+    _refused[device] = min(programs, _refused.get(device, programs))
     device_limits.cache_clear()
 
 

@@ -4,6 +4,7 @@ An emulator that runs the kernels of CPU tensors replaces :func:`kernel_device`;
 package follows.
 """
 
+import math
 import os
 import warnings
 from dataclasses import replace
@@ -69,7 +70,8 @@ def device_limits(device: torch.device) -> "Limits":
     )
     limits = replace(limits, programs=_refused.get(device))
     hop_us = measured.constants.get(hop_key(device))
-    return limits if hop_us is None else replace(limits, hop_us=float(hop_us))
+    measured_well = isinstance(hop_us, (int, float)) and 0 < hop_us < math.inf
+    return replace(limits, hop_us=float(hop_us)) if measured_well else limits
 
 
 _refused: dict[torch.device, int] = {}
@@ -80,13 +82,15 @@ def limit_programs(device: torch.device, programs: int) -> None:
 
     It may hold less than the chip does, where processes share it (MPS) or it is cut (MIG).
     """
-    if device not in _refused:
+    known = _refused.get(device)
+    if known is None:
         warnings.warn(
             f"{device} refused a cooperative launch that its multiprocessors have room for: it may "
             "be shared (MPS) or cut (MIG). Layers are planned with fewer programs from now on.",
             stacklevel=2,
         )
-    _refused[device] = min(programs, _refused.get(device, programs))
+    # Backward may still ask for what another layer has been refused since its forward.
+    _refused[device] = programs if known is None else min(programs, known)
     device_limits.cache_clear()
 
 

@@ -65,6 +65,7 @@ def planned(request: Request, limits: "Limits") -> "tuple[Plan, ...]":
 
 
 Chooser = Callable[[Request, "Limits"], "Plan"]
+Timer = Callable[["Plan", Request, torch.device], float]  # milliseconds of both sweeps
 _forced: list[Chooser] = []
 
 
@@ -114,14 +115,19 @@ def _choose(request: Request, limits: "Limits", device: torch.device) -> "tuple[
     # A tracer's tensors hold nothing to be timed.
     if type(torch.empty(0)) is not Tensor or torch.cuda.is_current_stream_capturing():
         return found[0], False
-    return measure(request, limits, device), True
+    best = _fastest(request, limits, device, time_sweeps)
+    try:
+        measured.plans.remember(request.key(device), _marks(best))
+    except OSError as error:  # a call of a layer is not to fail for that
+        warnings.warn(f"A plan was timed, but cannot be remembered: {error}", stacklevel=2)
+    return best, True
 
 
 def measure(
     request: Request,
     limits: "Limits",
     device: torch.device,
-    timer: "Callable[[Plan, Request, torch.device], float] | None" = None,
+    timer: "Timer | None" = None,
 ) -> "Plan":
     """Time the best guesses for a request and remember the fastest.
 
@@ -133,9 +139,15 @@ def measure(
             it raises RuntimeError is out, with a warning.
 
     Raises:
+        OSError: the winner cannot be written; this process uses it nevertheless.
         RuntimeError: all of them failed.
     """
-    timer = timer or time_sweeps
+    best = _fastest(request, limits, device, timer or time_sweeps)
+    measured.plans.remember(request.key(device), _marks(best))
+    return best
+
+
+def _fastest(request: Request, limits: "Limits", device: torch.device, timer: "Timer") -> "Plan":
     times: dict[Plan, float] = {}
     failures: list[str] = []
     for plan in planned(request, limits)[:CANDIDATES]:
@@ -147,9 +159,7 @@ def measure(
         raise RuntimeError("no plan could be timed: " + "; ".join(failures))
     if failures:
         warnings.warn(f"Some plans could not be timed: {'; '.join(failures)}", stacklevel=2)
-    best = min(times, key=lambda plan: times[plan])
-    measured.plans.remember(request.key(device), _marks(best))
-    return best
+    return min(times, key=lambda plan: times[plan])
 
 
 def time_sweeps(plan: "Plan", request: Request, device: torch.device) -> float:
@@ -193,6 +203,7 @@ def tune(layer: "FusedRNNBase", x: Tensor | PackedSequence) -> "tuple[Plan, ...]
         the plan of each layer of the stack
 
     Raises:
+        OSError: the winner cannot be written; this process uses it nevertheless.
         RuntimeError: the layer would not run on Triton kernels, with the reason.
         TypeError: ``layer`` is not a fused layer.
         ValueError: ``x`` does not fit the layer, as in a call.

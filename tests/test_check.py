@@ -317,6 +317,14 @@ def test_the_barrier_is_remembered(cuda: torch.device, tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / "constants.json").read_text()).values()) == [1.25]
 
 
+@pytest.mark.parametrize("text", ["x", -1, 0, [1], None, float("nan"), float("inf")])
+def test_a_strange_barrier_counts_for_nothing(
+    cuda: torch.device, tmp_path: Path, text: Any
+) -> None:
+    (tmp_path / "constants.json").write_text(json.dumps({devices.hop_key(cuda): text}))
+    assert devices.device_limits(cuda).hop_us == 0.65
+
+
 def test_plans_are_remembered(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

@@ -272,6 +272,17 @@ def test_a_refused_group_is_planned_anew(limits: None, monkeypatch: pytest.Monke
     assert after != before
 
 
+def test_a_refusal_takes_back_no_other(limits: None) -> None:
+    """Backward may still ask for what another layer has been refused in the meantime."""
+    gpu = torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match="refused a cooperative launch"):
+        devices.limit_programs(gpu, 4)
+    devices.limit_programs(gpu, 16)
+    assert devices.device_limits(gpu).programs == 4
+    devices.limit_programs(gpu, 2)
+    assert devices.device_limits(gpu).programs == 2
+
+
 def test_no_groups_at_all(limits: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """If not even two programs may wait for each other: an error, and no plan from then on."""
     layer = fused_rnn.FusedLSTM(8, 512, dtype=torch.bfloat16, backend="triton")

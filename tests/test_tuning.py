@@ -1,7 +1,7 @@
 """Measured plans: which are timed, what is remembered, for what it holds."""
 
 import json
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,15 @@ def second_is_best(plan: Plan, request: tuning.Request, device: torch.device) ->
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where plans are remembered; a GPU is pretended."""
     monkeypatch.setenv("FUSED_RNN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FUSED_RNN_TUNE", raising=False)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A GPU")
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
-    measured.plans.forget()
-    yield tmp_path / "cache"
-    measured.plans.forget()
+    monkeypatch.setattr(measured, "plans", measured.Store("plans.json"))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    return tmp_path / "cache"
 
 
 def test_the_winner_is_remembered(cache: Path) -> None:
@@ -83,6 +83,64 @@ def test_another_process_is_heard(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
     now += 2 * measured.SECONDS
     assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"null", b"\xff", None])
+def test_a_broken_file_counts_for_nothing(cache: Path, text: bytes | None) -> None:
+    """With a warning, and not in every call; what is remembered later stands in a good file."""
+    cache.mkdir()
+    if text is None:
+        (cache / "plans.json").mkdir()
+    else:
+        (cache / "plans.json").write_bytes(text)
+    with pytest.warns(UserWarning, match=r"plans\.json, what was measured on this GPU, cannot be "):
+        assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    measured.plans.forget()
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    if text is not None:
+        assert tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best) == GUESSES[1]
+        assert json.loads((cache / "plans.json").read_text()).keys() == {REQUEST.key(CUDA)}
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has no name: nothing is remembered, and layers run."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FUSED_RNN_CACHE")
+    monkeypatch.setattr(Path, "home", home)
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    with pytest.raises(OSError, match="FUSED_RNN_CACHE can name a folder"):
+        tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+
+
+def test_a_folder_that_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for a measurement gets the error; a call of a layer goes on with what it found."""
+    cache.write_text("a file in the folder's place")
+    other = REQUEST._replace(H=256)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert tuning.choose_plan(other, LIMITS[90], CUDA) == tuning.planned(other, LIMITS[90])[0]
+    with pytest.raises(FileExistsError):
+        tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
+    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "time_sweeps", lambda plan, *_: float(plan.block_b))
+    monkeypatch.setenv("FUSED_RNN_TUNE", "1")
+    with pytest.warns(UserWarning, match="A plan was timed, but cannot be remembered"):
+        tuning.choose_plan(other, LIMITS[90], CUDA)
+    measured.plans.forget()
+    tuning.choose_plan(other, LIMITS[90], CUDA)  # warns no second time: pytest makes it an error
+
+
+def test_many_writers(cache: Path) -> None:
+    """Threads lose nothing of each other's, and leave no files behind."""
+    store = measured.Store("plans.json")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: store.remember(str(n), n), range(40)))
+    assert json.loads((cache / "plans.json").read_text()) == {str(n): n for n in range(40)}
+    assert [path.name for path in cache.iterdir()] == ["plans.json"]
 
 
 @pytest.mark.parametrize(

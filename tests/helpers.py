@@ -92,6 +92,7 @@ def run(
     if gradients:
         generator = torch.Generator().manual_seed(7)
         weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in found]
+        weights = [w.to(t.device) for t, w in zip(found, weights, strict=True)]
         loss = sum((t.double() * w).sum() for t, w in zip(found, weights, strict=True))
         assert isinstance(loss, Tensor)
         names = [n for n, _ in layer.named_parameters()]

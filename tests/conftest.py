@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     # Read when Triton is first imported: without a GPU its interpreter runs the kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    # What cuBLAS wants for the deterministic mode below; read when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 settings.register_profile("default", deadline=None, derandomize=True)  # timing decides no test
 settings.load_profile("default")
@@ -43,6 +47,24 @@ def triton_device(request: pytest.FixtureRequest) -> str:
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("TRITON_INTERPRET is not 1: with a GPU, the interpreter runs on demand only")
     return device
+
+
+@pytest.fixture(autouse=True)
+def _full_precision_on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No TF32, which recurrent layers take by default: the tolerances of fp32 are for fp32.
+
+    Of torch.nn's layers, of ours, and of the products of a test itself.
+    """
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    switches: tuple[Any, ...] = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    yield
+    for switch, setting in zip(switches, before, strict=True):
+        switch.fp32_precision = setting
 
 
 @pytest.fixture(autouse=True)

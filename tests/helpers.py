@@ -68,6 +68,22 @@ def states(layer: nn.Module, batch: int | None) -> tuple[Tensor, ...]:
     return tuple(torch.randn(count, *middle, w, dtype=like.dtype) for w in widths)
 
 
+@torch.no_grad()
+def away_from_kinks(kind: str, layer: nn.Module) -> None:
+    """Keep 16-bit units where a rounding of h is no more than a rounding of the results.
+
+    A ReLU that a rounding moves across zero has another gradient altogether, in torch.nn's layer or
+    in ours: each unit gets a bias that keeps it on its side. Near 1, the factor 1 - h^2 of a tanh
+    has no digits left once h is rounded: smaller weights keep it away from there.
+    """
+    for name, parameter in layer.named_parameters():
+        if name.startswith("weight"):
+            parameter.mul_(0.25)
+        elif kind == "relu" and name.startswith("bias_hh"):
+            signs = 1 - torch.arange(len(parameter)) % 2 * 2.0
+            parameter.copy_(4 * signs)
+
+
 def tensors(result: Any) -> list[Tensor]:
     """The tensors of a layer's result, in order: output, then final states."""
     output, final = result

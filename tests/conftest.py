@@ -50,21 +50,22 @@ def triton_device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _full_precision_on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No TF32, which recurrent layers take by default: the tolerances of fp32 are for fp32.
+def _fp32_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No TF32 on a GPU, which recurrent layers take by default: the tolerances of fp32 are for fp32.
 
-    Of torch.nn's layers, of ours, and of the products of a test itself.
+    Of torch.nn's layers, of ours, and of the products of a test itself. torch.export refuses to
+    run while cuDNN's convolutions and recurrent layers differ. What a test changes is put back.
     """
-    if not request.node.get_closest_marker("gpu"):
-        yield
-        return
-    switches: tuple[Any, ...] = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    cudnn: Any = torch.backends.cudnn
+    switches = (cudnn.rnn, cudnn.conv, torch.backends.cuda.matmul)
     before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
+    if request.node.get_closest_marker("gpu"):
+        for switch in switches:
+            switch.fp32_precision = "ieee"
     yield
     for switch, setting in zip(switches, before, strict=True):
-        switch.fp32_precision = setting
+        if switch.fp32_precision != setting:
+            switch.fp32_precision = setting
 
 
 @pytest.fixture(autouse=True)

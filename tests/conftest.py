@@ -51,7 +51,7 @@ def triton_device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _fp32_precision(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No TF32 on a GPU, which recurrent layers take by default: the tolerances of fp32 are for fp32.
+    """No TF32 on a GPU, which recurrent layers take by default: tolerances of fp32 are for fp32.
 
     Of torch.nn's layers, of ours, and of the products of a test itself. torch.export refuses to
     run while cuDNN's convolutions and recurrent layers differ. What a test changes is put back.

@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 import fused_rnn.kernels.backward as backward  # noqa: E402
 import fused_rnn.kernels.forward as forward  # noqa: E402
 import fused_rnn.kernels.group as group  # noqa: E402
+import fused_rnn.kernels.pack as pack  # noqa: E402
 from fused_rnn import reference  # noqa: E402
 from fused_rnn.kernels.group import LINE  # noqa: E402
 from fused_rnn.kernels.plan import LIMITS, SPECS, make_plan  # noqa: E402
@@ -44,6 +45,7 @@ KERNELS = {
     forward: ("forward_kernel", forward.forward_kernel),
     backward: ("backward_kernel", backward.backward_kernel),
 }
+PACKING = {name: getattr(pack, name) for name in ("pack_kernel", "unpack_kernel")}
 
 
 class Race(AssertionError):
@@ -73,11 +75,13 @@ class Emulated:
 
 
 def emulate(arch, seed, wrong=None):
-    """Let both sweeps run here, compiled for a GPU of this architecture.
+    """Let all kernels run here, compiled for a GPU of this architecture; returns the two sweeps.
 
     wrong: a sweep's module, and names in its kernel with what they are to mean instead.
     """
     emulated = []
+    for name, kernel in PACKING.items():
+        setattr(pack, name, Emulated(kernel, arch, seed))
     for module, (name, kernel) in KERNELS.items():
         if wrong and module is wrong[0]:
             fn = FunctionType(kernel.fn.__code__, kernel.fn.__globals__ | wrong[1])

@@ -38,10 +38,8 @@ class LayerFunction(torch.autograd.Function):
         """Gradients of all inputs; differentiable themselves under ``create_graph=True``."""
         engine: Engine = ctx.engine
         layer: Layer = ctx.layer
-        saved_tensors = (
-            ctx.saved_tensors
-        )  # read once: activation checkpointing takes no second time
-        inputs, rest = saved_tensors[: ctx.count], saved_tensors[ctx.count :]
+        kept = ctx.saved_tensors  # read once: activation checkpointing takes no second time
+        inputs, rest = kept[: ctx.count], kept[ctx.count :]
         grads, needs = (dout, dh_n, dc_n, dc_seq), ctx.needs_input_grad[2:]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)

@@ -17,6 +17,7 @@ from helpers import (
     twins,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
 from fused_rnn import autograd, cpu
@@ -286,3 +287,17 @@ def test_double_backward_uses_public_layers() -> None:
     flat = hessian.reshape(3, 3)
     torch.testing.assert_close(flat, flat.T)
     assert flat.abs().sum() > 0
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@every_layer
+@every_backend
+def test_activation_checkpointing(kind: str, backend: Backend, recompute: bool) -> None:
+    """What is saved may be asked for once only."""
+    _, layer = twins(kind, 3, 5, 2, backend=backend, recompute=recompute, dtype=torch.float64)
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+    outputs = layer(x)[0], checkpoint(lambda t: layer(t)[0], x, use_reentrant=False)
+    found = [torch.autograd.grad(output.square().sum(), wanted) for output in outputs]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

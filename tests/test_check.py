@@ -353,6 +353,22 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(full, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf", "1e300"])
+def test_a_limit_that_is_none(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--limit", limit])
+    assert end.value.code == 2
+    assert "--limit: seconds from 0 to 1000000, not" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It breaks lines; the table cuts nothing off."""
+    monkeypatch.setenv("COLUMNS", "30")
+    assert report.console().width == report.WIDTH
+    monkeypatch.setenv("COLUMNS", "300")
+    assert report.console().width == 300
+
+
 @pytest.mark.slow
 def test_quick_json() -> None:
     done = command("--quick", "--json")

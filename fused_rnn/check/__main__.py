@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fused_rnn.check import children, report
 from fused_rnn.check.rows import NO_KERNELS, SIZES
 
+LONGEST = 1e6  # seconds of a limit; what waits can wait for no more than some centuries
+
 TEXT = """\
 Check the layers on this machine: on a GPU the kernels in every regime (persistent, cooperative,
 streamed), without one the CPU's engines, and the kernels in Triton's interpreter.
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None, command: Sequence[str] = children.CO
         "--limit", type=float, default=60, metavar="SECONDS", help="that a row may take (60)"
     )
     args = parser.parse_args(argv)
+    if not 0 < args.limit <= LONGEST:
+        parser.error(f"--limit: seconds from 0 to {LONGEST:.0f}, not {args.limit:g}")
     if args.remember and not torch.cuda.is_available():
         parser.error("--remember: there is no GPU here, so there is nothing to remember")
     try:

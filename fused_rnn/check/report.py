@@ -1,6 +1,5 @@
 """The report: a header and tables for people, the same as one line of JSON for a bug report."""
 
-import os
 import re
 from typing import Any
 
@@ -9,16 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 Report = dict[str, Any]
-WIDTH = 100  # where there is no terminal
+WIDTH = 100  # at least: a narrow terminal breaks lines, where a table would cut numbers off
 NUMBERS = ("H", "error", "torch.nn", "bound", "forward", "training", "ratio", "us")
 
 
 def console() -> Console:
-    """Standard output; a pipe takes lines of a sensible length."""
-    plain = Console()
-    if plain.is_terminal or "COLUMNS" in os.environ:
-        return plain
-    return Console(width=WIDTH)
+    """Standard output."""
+    return Console(width=max(Console().width, WIDTH))
 
 
 def show(report: Report, to: Console) -> None:

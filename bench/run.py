@@ -75,6 +75,7 @@ def measure(
     machine: records.Machine,
     seconds: float,
     skip: Skip,
+    turns: int = 6,
 ) -> Iterator[records.Line]:
     """The lines of one case in one mode."""
     device = torch.device(machine.device)
@@ -103,7 +104,7 @@ def measure(
     if not runs:
         return
     name, once = timing.timer(device)
-    for provider_name, times in timing.interleaved(runs, seconds, once).items():
+    for provider_name, times in timing.interleaved(runs, seconds, once, turns).items():
         fact = facts[provider_name]
         line = records.Line(
             machine=machine,
@@ -171,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: see --list")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each case and mode")
+    parser.add_argument("--turns", type=int, default=6, help="of each contender, at least")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--out", type=Path, help="a folder for the lines, one file for each set")
     parser.add_argument("--list", action="store_true", help="name sets and providers, and end")
@@ -212,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     lines: list[records.Line] = []
     for shapes, case, mode in tqdm(work, unit="row", disable=not sys.stderr.isatty()):
         with products(case.dtype):
-            lines += measure(shapes, case, mode, providers, machine, args.seconds, skip)
+            lines += measure(shapes, case, mode, providers, machine, args.seconds, skip, args.turns)
     if args.out:
         for path in records.save(lines, args.out):
             print(f"wrote {path}", file=sys.stderr)

@@ -300,8 +300,9 @@ class FusedRNNBase(nn.Module):
                     hx = tuple(s.index_select(1, sorted_indices) for s in hx)
             learned = self._learned(hx, again) if self.learn_h0 else None
             states = self._initial(data, rows.B, learned) if hx is None else hx
+            from_zero = hx is None and learned is None
             found, states = self._stack(
-                data, states, rows, weights, learned, None, again, return_cell_sequence
+                data, states, rows, weights, learned, None, again, return_cell_sequence, from_zero
             )
             if unsorted_indices is not None:
                 states = tuple(s.index_select(1, unsorted_indices) for s in states)
@@ -331,16 +332,16 @@ class FusedRNNBase(nn.Module):
             self._check_states(x, hx, B)
         learned = self._learned(hx, again) if self.learn_h0 else None
         states = self._initial(x, B, learned) if hx is None else hx
-        if ops.tracing():  # the operators take the batch as it is
-            found, states = self._stack(
-                x, states, TracedRows(B), weights, learned, lengths, again, return_cell_sequence
-            )
+        traced = ops.tracing()
+        if not traced and again is not None:
+            again = again.reshape(T * B)
+        from_zero = hx is None and learned is None
+        how = (weights, learned, lengths, again, return_cell_sequence, from_zero)
+        if traced:  # the operators take the batch as it is
+            found, states = self._stack(x, states, TracedRows(B), *how)
         else:
             flat = x.reshape(T * B, x.shape[-1])
-            again = None if again is None else again.reshape(T * B)
-            found, states = self._stack(
-                flat, states, Rows(T, B), weights, learned, lengths, again, return_cell_sequence
-            )
+            found, states = self._stack(flat, states, Rows(T, B), *how)
             found = tuple([s.view(T, B, s.shape[-1]) for s in found])
         if self.batch_first:
             found = tuple([s.transpose(0, 1) for s in found])
@@ -390,6 +391,7 @@ class FusedRNNBase(nn.Module):
         lengths: Tensor | None,
         reset: Tensor | None,
         cells: bool,
+        from_zero: bool,
     ) -> tuple[tuple[Tensor, ...], States]:
         """All layers, bottom up: ``x`` [N, I] to out [N, D*R] and the final states.
 
@@ -415,6 +417,7 @@ class FusedRNNBase(nn.Module):
                 rows,
                 self.backend,
                 self.recompute,
+                from_zero=from_zero,
                 lengths=lengths,
                 reset=reset,
                 restart=restart,

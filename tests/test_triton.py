@@ -320,6 +320,8 @@ def test_explain_refuses() -> None:
     ],
 )
 def test_triton_says_what_it_cannot(layer: Any, words: str, triton_device: str) -> None:
+    if triton_device == "cuda" and "1025" in words:
+        pytest.skip("a group runs it there; the interpreter has one program at a time")
     layer = layer(backend="triton").to(triton_device)
     x = torch.randn(4, 2, 3, dtype=layer.weight_ih_l0.dtype, device=triton_device)
     with pytest.raises(RuntimeError, match=words):

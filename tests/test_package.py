@@ -68,7 +68,7 @@ def test_source_distribution_holds_all(unpacked: Path) -> None:
     assert {"Makefile", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt"} < here
     assert {"tests/conftest.py", "tests/data/cat_sat.txt", "docs/faq.md"} < here
     assert here - there == set()
-    assert there - here == {"PKG-INFO", "setup.cfg"}
+    assert there - here <= {"PKG-INFO", "setup.cfg"}  # which are here, too, where this is one
     assert not any(p.is_symlink() for p in unpacked.rglob("*"))
     for kernel in (ROOT / "kernels").glob("*.py"):
         assert (

@@ -15,6 +15,7 @@ from fused_rnn.checks import (
     check_extras,
     check_lengths,
     check_reset,
+    lengths_of,
     packed_reset,
 )
 from fused_rnn.dispatch import Backend, check_backend
@@ -282,6 +283,7 @@ class FusedRNNBase(nn.Module):
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         return_cell_sequence: bool = False,
+        mask: Tensor | None = None,
     ) -> tuple[Any, ...]:
         """``output``, the final states, and c of all steps if it is asked for."""
         weights = self._weights()
@@ -290,7 +292,7 @@ class FusedRNNBase(nn.Module):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             self.check_input(data, batch_sizes, w_ih)
             again = None if reset is None else packed_reset(input, reset)
-            if lengths is not None:
+            if lengths is not None or mask is not None:
                 raise ValueError("lengths are for padded input; a PackedSequence has its own")
             traced = ops.tracing()
             rows = TracedRows.packed(input, hx) if traced else Rows.packed(batch_sizes)
@@ -325,6 +327,10 @@ class FusedRNNBase(nn.Module):
         self.check_input(input, None, w_ih)
         x = input.transpose(0, 1) if self.batch_first else input
         T, B, _ = x.shape
+        if mask is not None:
+            if lengths is not None:
+                raise ValueError("lengths and mask say the same: give one of them")
+            lengths = lengths_of(self._padded_reset(mask, x, batched, "mask"))
         if lengths is not None:
             check_lengths(lengths, x, batched)
         again = None if reset is None else self._padded_reset(reset, x, batched)
@@ -350,12 +356,14 @@ class FusedRNNBase(nn.Module):
             states = tuple([s.squeeze(1) for s in states])
         return found[0], states, *found[1:]
 
-    def _padded_reset(self, reset: Tensor | PackedSequence, x: Tensor, batched: bool) -> Tensor:
-        """``reset`` as [T, B], checked against the input ``x`` [T, B, I]."""
+    def _padded_reset(
+        self, reset: Tensor | PackedSequence, x: Tensor, batched: bool, name: str = "reset"
+    ) -> Tensor:
+        """``reset``, or ``mask``, as [T, B], checked against the input ``x`` [T, B, I]."""
         if not isinstance(reset, Tensor):
-            raise TypeError(f"reset should be a bool tensor, as input, got {type(reset).__name__}")
+            raise TypeError(f"{name} should be a bool tensor, as input, got {type(reset).__name__}")
         T, B, _ = x.shape
-        check_reset(reset, x, ((B, T) if self.batch_first else (T, B)) if batched else (T,))
+        check_reset(reset, x, ((B, T) if self.batch_first else (T, B)) if batched else (T,), name)
         if not batched:
             return reset.unsqueeze(-1)
         return reset.transpose(0, 1) if self.batch_first else reset

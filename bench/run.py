@@ -217,12 +217,13 @@ def main(argv: list[str] | None = None) -> int:
         skipped.add((name, reason))
 
     lines: list[records.Line] = []
+    paths: list[Path] = []
     for shapes, case, mode in tqdm(work, unit="row", disable=not sys.stderr.isatty()):
         with products(case.dtype):
             lines += measure(shapes, case, mode, providers, machine, args.seconds, skip, args.turns)
-    if args.out:
-        for path in records.save(lines, args.out):
-            print(f"wrote {path}", file=sys.stderr)
+        paths = list(records.save(lines, args.out)) if args.out else []  # what is cut off is kept
+    for path in paths:
+        print(f"wrote {path}", file=sys.stderr)
     print(report.tables(lines))
     failed = any(name.startswith("fused_rnn") and "FAILED" in why for name, why in skipped)
     return 1 if failed else 0

@@ -480,6 +480,7 @@ def _launches(case: _Case, plan: Plan) -> int:
 
 
 L2_BYTES = 24
+SHARED_BYTES = 5
 
 
 def step_cycles(case: _Case, plan: Plan) -> float:
@@ -490,7 +491,8 @@ def step_cycles(case: _Case, plan: Plan) -> float:
         33 cycles    one mma.sync of a dependent chain (A100, H100; "Dissecting the NVIDIA Hopper
                      architecture through microbenchmarking", arXiv 2501.12084)
         24 B/cycle   between L2 and one SM, in and out, while all SMs exchange (fitted to an H100);
-                     128 B/cycle from shared memory (CUDA programming guides)
+        5 B/cycle    to each warp from tiles of weights in shared memory, conversions included
+                     (fitted to an H100 and an H200; what the chip has is 128 for an SM)
         300 cycles   a load that hits L2 (the same paper: 260 to 280, and the way back)
         0.855 us     release to acquire among 32 programs, measured on an H100: 0.64 among 2 to 8,
                      0.83 among 16, 0.96 among 132, but steps of small groups do not gain the
@@ -526,5 +528,6 @@ def step_cycles(case: _Case, plan: Plan) -> float:
         from_memory = 0 if fits else all_weights / (limits.memory * 1000 / limits.clock)
         weights = 2 * max(kept / L2_BYTES, from_memory)
     else:
-        weights = 2 * (kept - 128 * plan.weight_registers * plan.warps) / 128
+        left = kept - 128 * plan.weight_registers * plan.warps
+        weights = 2 * left / (SHARED_BYTES * plan.warps)
     return local + chain + hop + exchange + weights

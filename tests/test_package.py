@@ -323,3 +323,10 @@ def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(names["output"], torch.Tensor)
     assert names["output"].shape == (50, 8, 512)
     assert "layer 1: cpu: oneDNN" in capsys.readouterr().out
+
+
+def test_only_conftest_switches_the_interpreter_on() -> None:
+    """With a GPU it stays off: kernels are compiled there, and a process can do one of the two."""
+    setting = re.compile(r"""environ(\.setdefault\(|\[)["']TRITON_INTERPRET["'](,|\] *=)""")
+    setters = [p.name for p in (ROOT / "tests").glob("*.py") if setting.search(p.read_text())]
+    assert setters == ["conftest.py"]

@@ -62,7 +62,8 @@ def compare(
     )
     found = {name: value.cpu() for name, value in found.items()}
     if dtype == torch.float32:
-        assert_same(found, expected, dtype)
+        # The tolerance is for sums of 256 products; rounding errors grow as the root of their number.
+        assert_same(found, expected, dtype, growth=max(1.0, (H / 256) ** 0.5))
     elif dtype == torch.bfloat16 and device == "cpu":
         # The interpreter truncates to bf16 where hardware rounds: twice the error, all to one side,
         # so that torch.nn's own error is no measure.

@@ -62,7 +62,7 @@ def compare(
     )
     found = {name: value.cpu() for name, value in found.items()}
     if dtype == torch.float32:
-        # The tolerance is for sums of 256 products; rounding errors grow as the root of their number.
+        # The tolerance is for sums of 256 products; rounding grows as the root of their number.
         assert_same(found, expected, dtype, growth=max(1.0, (H / 256) ** 0.5))
     elif dtype == torch.bfloat16 and device == "cpu":
         # The interpreter truncates to bf16 where hardware rounds: twice the error, all to one side,

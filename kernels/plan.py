@@ -315,6 +315,10 @@ def _persistent(case: _Case) -> Plan:
     block_h = max(16, 1 << (H - 1).bit_length())
     # A warp's mma tile has 16 rows: with 16 units per warp the gates of a unit meet in one thread.
     warps = min(limits.warps, block_h // 16)
+    k_split = 1
+    if case.ieee:  # plain multiply-adds hold both operands in registers: more threads, less in each
+        warps = min(limits.warps, max(4, block_h // 4))
+        k_split = 4 if block_h == 64 and limits.warp == 32 else 1
     # wgmma is the lesser evil for fp32: a thread has no registers left for the batched dot.
     split = warps if limits.wide_mma and itemsize == 2 else 1
 
@@ -355,7 +359,7 @@ def _persistent(case: _Case) -> Plan:
         block_k=block_h,
         block_b=block_b,
         warps=warps,
-        k_split=1,
+        k_split=k_split,
         m_split=split,
         members=1,
         tiles=0,

@@ -97,7 +97,6 @@ def test_nothing_of_a_merge_is_left(page: Path) -> None:
     assert not re.search(r"^(<{7}|={7}|>{7})( |$)", page.read_text(), re.MULTILINE)
 
 
-
 @every_page
 def test_links(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):

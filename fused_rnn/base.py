@@ -138,14 +138,31 @@ class FusedRNNBase(nn.Module):
             raise RuntimeError(f"Expected {name} of size {size}, got {tuple(tensor.shape)}")
         return tensor
 
+    # What torch.nn's layers keep as lists is read from the layer as it is at the moment.
+
     @property
-    def all_weights(self) -> list[list[nn.Parameter]]:
-        """The parameters of each layer and direction."""
+    def _all_weights(self) -> list[list[str]]:
+        """The names of the parameters of each layer and direction."""
         return [
-            [getattr(self, entry[0]) for entry in direction if entry is not None]
+            [entry[0] for entry in direction if entry is not None]
             for layer in self._layout
             for direction in layer
         ]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        """The names of all of them, in the order of torch.nn's functions."""
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        """The parameters in the order of their names."""
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """The parameters of each layer and direction."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
 
     def reset_parameters(self) -> None:
         """Draw every parameter from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does.
@@ -240,6 +257,35 @@ class FusedRNNBase(nn.Module):
         """Raise torch.nn's error unless ``hx`` has the expected size."""
         if hx.size() != expected:
             raise RuntimeError(msg.format(expected, list(hx.size())))
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """Raise torch.nn's error unless the input and the initial states fit.
+
+        Args:
+            input: [T, B, I], [B, T, I] with ``batch_first``, or packed [N, I].
+            hidden: h [L*D, B, H]; of an LSTM a pair of h [L*D, B, R] and c [L*D, B, H].
+            batch_sizes: of a packed input, int64 [T].
+
+        Raises:
+            RuntimeError: a size, the number of axes or a device does not fit.
+            ValueError: the dtype does not.
+        """
+        self.check_input(input, batch_sizes)
+        self.check_hidden_size(hidden, self.get_expected_hidden_size(input, batch_sizes))
+
+    def get_expected_hidden_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        """The size of h for an input as in :meth:`check_forward_args`."""
+        if batch_sizes is not None:
+            B = int(batch_sizes[0])
+        else:
+            B = input.size(0 if self.batch_first else 1)
+        return self.num_layers * self._directions, B, self.proj_size or self.hidden_size
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """The states ``hx`` with their sequences in the order of ``permutation``, int64 [B]."""
+        return hx if permutation is None else hx.index_select(1, permutation)
 
     def _check_states(self, input: Tensor, states: States, B: int) -> None:
         names = ["hidden[0]", "hidden[1]"] if len(states) == 2 else ["hidden"]

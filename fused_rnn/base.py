@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import cells, ops
+from fused_rnn import cells, graphs, ops
 from fused_rnn.cells import Cell
 from fused_rnn.checks import (
     check_arguments,
@@ -32,6 +32,16 @@ class FusedRNNBase(nn.Module):
 
     It is no subclass of ``nn.RNNBase``: Dynamo refuses to trace those.
     """
+
+    __jit_unused_properties__ = (
+        "_all_weights",
+        "_cell",
+        "_directions",
+        "_flat_weights",
+        "_flat_weights_names",
+        "_state_widths",
+        "all_weights",
+    )
 
     input_size: int
     hidden_size: int
@@ -178,6 +188,13 @@ class FusedRNNBase(nn.Module):
 
     def flatten_parameters(self) -> None:
         """Do nothing; for code written for torch.nn. These layers need no flat weight buffer."""
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which calls this: it cannot compile our Python code."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile a fused layer. Script the model with torch.nn's: "
+            "torch.jit.script(fused_rnn.unfuse(model))"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, also of a version that did not know every attribute."""
@@ -330,6 +347,8 @@ class FusedRNNBase(nn.Module):
         return_cell_sequence: bool = False,
     ) -> tuple[Any, ...]:
         """``output``, the final states, and c of all steps if it is asked for."""
+        if graphs.recording(input):
+            return graphs.record(self, input, hx, lengths, reset, return_cell_sequence)
         weights = self._weights()
         w_ih = weights[0][0].w_ih
         if isinstance(input, PackedSequence):

@@ -30,7 +30,8 @@ States = tuple[Tensor, ...]  # (h,) or (h, c), each [L*D, B, .]
 class FusedRNNBase(nn.Module):
     """The common part of FusedRNN, FusedGRU and FusedLSTM.
 
-    It is no subclass of ``nn.RNNBase``: Dynamo refuses to trace those.
+    It is no subclass of ``nn.RNNBase``: Dynamo refuses to trace those. So ``isinstance(layer,
+    nn.RNNBase)`` is False; what code for torch.nn's layers calls or reads is here all the same.
     """
 
     __jit_unused_properties__ = (

@@ -60,7 +60,11 @@ def fuse(model: nn.Module, *, backend: Backend = "auto", recompute: bool = False
 def unfuse(model: nn.Module) -> nn.Module:
     """The inverse of :func:`fuse`: swap the fused layers in ``model`` for torch.nn's, in place.
 
-    It shares and keeps what :func:`fuse` does, and leaves alone what that does.
+    It shares and keeps what :func:`fuse` does, and leaves alone what that does. It is for tools
+    that look for torch.nn's layers: quantize_dynamic, torch.jit.script, and the way to ONNX,
+    ``torch.onnx.export(unfuse(model), ..., dynamo=True)``, which takes any T and B for an LSTM or
+    GRU with ``batch_first`` and ``Dim.AUTO`` (docs/faq.md has what else it takes). torch.export
+    needs no detour.
 
     Args:
         model: any module.

@@ -322,3 +322,38 @@ def test_an_error_leaves_all_layers_as_they_were() -> None:
     with pytest.raises(ValueError, match=r"torch\.nn's layers have no zoneout"):
         unfuse(model)
     assert [type(layer) for layer in model] == [FusedGRU, FusedGRU]
+
+
+# ---- tools that look for torch.nn's layers ------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning")
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_dynamic_quantization_of_what_was_unfused(kind: str) -> None:
+    """It passes our layers by, since they are no nn.RNNBase."""
+    if "x86" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this PyTorch has no quantized operators for x86")
+    theirs, ours, _ = LAYERS[kind]
+    model = nn.Sequential(ours(8, 16, 2, bidirectional=True)).eval()
+    assert not isinstance(model[0], nn.RNNBase)
+    x = torch.randn(6, 3, 8)
+    expected = tensors(model(x))
+    unfuse(model)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {theirs})
+    assert type(quantized[0]).__module__ == "torch.ao.nn.quantized.dynamic.modules.rnn"
+    for a, b in zip(tensors(quantized(x)), expected, strict=True):
+        assert (a - b).abs().max() < 0.05
+        assert not torch.equal(a, b)
+
+
+def test_initialisation_by_class_comes_before_fuse() -> None:
+    """As documented: the parameters are shared, so what is drawn for torch.nn's layer stays."""
+
+    def initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.RNNBase):
+            for parameter in module.parameters():
+                nn.init.constant_(parameter, 0.25)
+
+    model = fuse(nn.Sequential(nn.GRU(3, 5)).apply(initialise))
+    assert all((p == 0.25).all() for p in model.parameters())

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fused_rnn
 from bench.cases import CELLS, DTYPES, LAYERS, Case, products
 from bench.report import NAMES, markdown
+from fused_rnn.examples.common import default_device, device, require
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", nargs="+", type=int, default=[16, 64, 256, 1024, 4096])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=64, help="the input size, too")
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")
     parser.add_argument("--backend", default="auto", help="fused_rnn's backend")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--plot", type=Path, help="also draw a picture")
     args = parser.parse_args(argv)
+    require("tqdm", *(["matplotlib"] if args.plot else []))
+    from tqdm import tqdm
+
     torch.set_num_threads(args.threads)
     cases = [
         Case(cell, dtype, T, args.batch, args.hidden, args.hidden)
@@ -138,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     found: list[Errors] = []
     for case in tqdm(cases, disable=not sys.stderr.isatty()):
-        found += errors(case, torch.device(args.device), args.backend)
+        found += errors(case, args.device, args.backend)
     print(f"B = {args.batch}, I = H = {args.hidden}, on {args.device}, torch {torch.__version__}\n")
     print(table(found))
     if args.plot:

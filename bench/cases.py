@@ -132,7 +132,20 @@ def _batch() -> Iterable[Case]:
     return (Case(cell, "bf16", 256, B, H, H) for cell, H, B in sizes)
 
 
+def _grid() -> Iterable[Case]:
+    sizes = (64, 128, 256, 512, 1024, 2048)
+    yield from (Case(cell, "bf16", 256, 32, H, H) for cell in ("lstm", "gru") for H in sizes)
+    yield from (Case("rnn_tanh", "bf16", 256, 32, H, H) for H in (64, 256, 1024))
+    yield from (Case("lstm", "fp16", 256, 32, H, H) for H in (64, 128, 256, 512, 1024))
+    yield from (Case("lstm", "tf32", 256, 32, H, H) for H in (64, 128, 512, 1024))
+    yield from (Case("lstm", "fp32", 256, 32, H, H) for H in (64, 256))
+    batches = itertools.product(("bf16", "fp16"), (128, 512), (1, 8, 128, 512))
+    yield from (Case("lstm", dtype, 256, B, H, H) for dtype, H, B in batches)
+    yield from (Case("lstm", "fp16", T, 32, 128, 128) for T in (32, 1024))
+
+
 SETS = {
+    "grid": Shapes("the README's GPU table: every type, H from 64 to 2048, B from 1 to 512", _grid),
     "tiny": Shapes(
         "small enough for a test",
         lambda: (Case(cell, "fp32", 4, 2, 3, 5) for cell in CELLS),
@@ -158,7 +171,7 @@ SETS = {
     ),
     "batch": Shapes("batches from 1 to 512", _batch),
 }
-GPU_SETS = ("flashrnn", "flashrnn-heads", "cudnn", "uncovered", "batch")
+GPU_SETS = ("grid", "flashrnn", "flashrnn-heads", "cudnn", "uncovered", "batch")
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int]:

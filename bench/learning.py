@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bench.report import markdown
 from fused_rnn import FusedLSTM
-from fused_rnn.examples.common import integer
+from fused_rnn.examples.common import default_device, device, integer, require
 from fused_rnn.examples.corpus import load_text, split
 from fused_rnn.examples.tokenizer import Tokenizer
 
@@ -216,17 +215,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--steps", type=integer(1), help="default: as many as the task has")
     parser.add_argument("--seeds", type=integer(1), default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")
     parser.add_argument("--threads", type=integer(1), default=1)
     parser.add_argument("--plot", type=Path, help="also draw a picture")
     args = parser.parse_args(argv)
+    require("tqdm", *(["matplotlib"] if args.plot else []))
+    from tqdm import tqdm
+
     torch.set_num_threads(args.threads)
     tasks = {name: TASKS[name]() for name in args.tasks}
     work = [(n, layer, s) for n in tasks for s in range(args.seeds) for layer in LAYERS]
     curves: Curves = {name: {layer: [] for layer in LAYERS} for name in tasks}
     for name, layer, seed in tqdm(work, unit="run", disable=not sys.stderr.isatty()):
         task = tasks[name]
-        run = curve(task, LAYERS[layer], seed, args.steps or task.steps, torch.device(args.device))
+        run = curve(task, LAYERS[layer], seed, args.steps or task.steps, args.device)
         curves[name][layer].append(run)
     print(f"{args.seeds} seeds, on {args.device}, torch {torch.__version__}\n")
     print(table(curves))

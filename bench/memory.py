@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fused_rnn
 from bench.cases import CELLS, DTYPES, Case
 from fused_rnn.cells import BY_NAME
+from fused_rnn.examples.common import default_device, device
 from fused_rnn.kernels.plan import LIMITS, make_plan
 from fused_rnn.problem import Layer
 from fused_rnn.rows import Rows
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hidden", nargs="+", type=int, default=[256])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")
     args = parser.parse_args(argv)
     cases = [
         Case(cell, dtype, args.steps, args.batch, H, H)
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         for H in args.hidden
     ]
     print(f"Bytes saved for backward per step and sequence; T = {args.steps}, B = {args.batch}\n")
-    print(table(cases, torch.device(args.device)))
+    print(table(cases, args.device))
     return 0
 
 

@@ -14,6 +14,7 @@ from bench import records
 from bench.cases import GPU_SETS, SETS
 from bench.records import Line
 from bench.timing import geometric_mean
+from fused_rnn.examples.common import require
 
 RESULTS = Path(__file__).parent / "results"
 US, THEM = "fused_rnn", "torch.nn"
@@ -194,6 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("lines", nargs="*", type=Path, default=[RESULTS])
     parser.add_argument("--plots", type=Path, help="a folder for pictures")
     args = parser.parse_args(argv)
+    if args.plots:
+        require("matplotlib")
     lines = records.read(files(args.lines))
     print("\n\n".join(part for part in (tables(lines), missing(lines)) if part))
     for path in plots(lines, args.plots) if args.plots else ():

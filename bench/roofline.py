@@ -10,7 +10,7 @@ Three limits, of the time loops alone; the largest one binds:
 from dataclasses import dataclass
 
 from bench.cases import Case
-from fused_rnn.kernels.plan import L2_BYTES, SPECS, Limits, Plan
+from fused_rnn.kernels.plan import SPECS, Limits, Plan
 
 # Dense floating-point operations per SM and cycle in 16-bit types; TF32 has half of that. From the
 # data sheets of A100, A40, L40S, H100 SXM, B200, RTX PRO 6000 Blackwell and MI300X: their peak
@@ -27,9 +27,11 @@ TENSOR: dict[int | str, int] = {
 # The same without tensor cores: two for each fp32 lane of an SM (the same data sheets).
 LANES: dict[int | str, int] = {80: 128}
 OTHER_LANES = 256
+L2_BYTES = 64  # per cycle from L2 to one SM, the peak (CUDA programming guides)
 # Microseconds from a release to the acquire that sees it, through a counter in L2. H100: 0.651,
-# from the hardware unit tests of the flash-vla project; RTX 5090: 0.400, from a public note.
-# For other chips nobody has published one, so that they have no such limit here.
+# from the hardware unit tests of the flash-vla project, and 0.63 to 0.96 as measured by ours; RTX
+# 5090: 0.400, from a public note. For other chips nobody has published one, so that they have no
+# such limit here.
 HOP_US: dict[int | str, float] = {90: 0.651, 120: 0.400}
 REGISTER_FILE = 256 * 1024  # bytes of one SM, on every chip of the table
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from tqdm import tqdm
 
 from bench import records, report, roofline, timing
 from bench.adapter import Provider
@@ -30,6 +29,7 @@ from bench.cases import CELLS, DTYPES, GPU_SETS, LAYERS, MODES, SETS, Case, pars
 from bench.memory import saved_by
 from bench.providers import ON_CPU, PROVIDERS
 from fused_rnn.devices import device_limits
+from fused_rnn.examples.common import default_device, device, require
 
 INPUTS = 3  # that take turns, so that nobody profits from a cache that holds the last one
 Skip = Callable[[str, str, Case], None]
@@ -75,6 +75,7 @@ def measure(
     machine: records.Machine,
     seconds: float,
     skip: Skip,
+    turns: int = 6,
 ) -> Iterator[records.Line]:
     """The lines of one case in one mode."""
     device = torch.device(machine.device)
@@ -103,7 +104,7 @@ def measure(
     if not runs:
         return
     name, once = timing.timer(device)
-    for provider_name, times in timing.interleaved(runs, seconds, once).items():
+    for provider_name, times in timing.interleaved(runs, seconds, once, turns).items():
         fact = facts[provider_name]
         line = records.Line(
             machine=machine,
@@ -169,8 +170,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: those of the set")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: those of the set")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: see --list")
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each case and mode")
+    parser.add_argument("--turns", type=int, default=6, help="of each contender, at least")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--out", type=Path, help="a folder for the lines, one file for each set")
     parser.add_argument("--list", action="store_true", help="name sets and providers, and end")
@@ -193,14 +195,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print_list()
         return 0
+    if str(args.device) not in ("cuda", "cpu"):
+        options.error(f"argument --device: cuda or cpu, not {args.device}")
+    require("tqdm")
+    from tqdm import tqdm
+
     try:
         work = plan_work(args)
     except ValueError as error:
         options.error(f"--shapes takes names of sets or T,B,I,H: {error}")
     torch.set_num_threads(args.threads)
-    names = args.providers or (PROVIDERS if args.device == "cuda" else ON_CPU)
+    names = args.providers or (PROVIDERS if args.device.type == "cuda" else ON_CPU)
     providers = [PROVIDERS[name] for name in names]
-    machine = records.machine(torch.device(args.device))
+    machine = records.machine(args.device)
 
     skipped: set[tuple[str, str]] = set()
 
@@ -210,12 +217,13 @@ def main(argv: list[str] | None = None) -> int:
         skipped.add((name, reason))
 
     lines: list[records.Line] = []
+    paths: list[Path] = []
     for shapes, case, mode in tqdm(work, unit="row", disable=not sys.stderr.isatty()):
         with products(case.dtype):
-            lines += measure(shapes, case, mode, providers, machine, args.seconds, skip)
-    if args.out:
-        for path in records.save(lines, args.out):
-            print(f"wrote {path}", file=sys.stderr)
+            lines += measure(shapes, case, mode, providers, machine, args.seconds, skip, args.turns)
+        paths = list(records.save(lines, args.out)) if args.out else []  # what is cut off is kept
+    for path in paths:
+        print(f"wrote {path}", file=sys.stderr)
     print(report.tables(lines))
     failed = any(name.startswith("fused_rnn") and "FAILED" in why for name, why in skipped)
     return 1 if failed else 0

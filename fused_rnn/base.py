@@ -15,6 +15,7 @@ from fused_rnn.checks import (
     check_extras,
     check_lengths,
     check_reset,
+    lengths_of,
     packed_reset,
 )
 from fused_rnn.dispatch import Backend, check_backend
@@ -346,6 +347,7 @@ class FusedRNNBase(nn.Module):
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         return_cell_sequence: bool = False,
+        mask: Tensor | None = None,
     ) -> tuple[Any, ...]:
         """``output``, the final states, and c of all steps if it is asked for."""
         if graphs.recording(input):
@@ -356,7 +358,7 @@ class FusedRNNBase(nn.Module):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             self.check_input(data, batch_sizes, w_ih)
             again = None if reset is None else packed_reset(input, reset)
-            if lengths is not None:
+            if lengths is not None or mask is not None:
                 raise ValueError("lengths are for padded input; a PackedSequence has its own")
             traced = ops.tracing()
             rows = TracedRows.packed(input, hx) if traced else Rows.packed(batch_sizes)
@@ -366,8 +368,9 @@ class FusedRNNBase(nn.Module):
                     hx = tuple(s.index_select(1, sorted_indices) for s in hx)
             learned = self._learned(hx, again) if self.learn_h0 else None
             states = self._initial(data, rows.B, learned) if hx is None else hx
+            from_zero = hx is None and learned is None
             found, states = self._stack(
-                data, states, rows, weights, learned, None, again, return_cell_sequence
+                data, states, rows, weights, learned, None, again, return_cell_sequence, from_zero
             )
             if unsorted_indices is not None:
                 states = tuple(s.index_select(1, unsorted_indices) for s in states)
@@ -390,6 +393,10 @@ class FusedRNNBase(nn.Module):
         self.check_input(input, None, w_ih)
         x = input.transpose(0, 1) if self.batch_first else input
         T, B, _ = x.shape
+        if mask is not None:
+            if lengths is not None:
+                raise ValueError("lengths and mask say the same: give one of them")
+            lengths = lengths_of(self._padded_reset(mask, x, batched, "mask"))
         if lengths is not None:
             check_lengths(lengths, x, batched)
         again = None if reset is None else self._padded_reset(reset, x, batched)
@@ -397,16 +404,16 @@ class FusedRNNBase(nn.Module):
             self._check_states(x, hx, B)
         learned = self._learned(hx, again) if self.learn_h0 else None
         states = self._initial(x, B, learned) if hx is None else hx
-        if ops.tracing():  # the operators take the batch as it is
-            found, states = self._stack(
-                x, states, TracedRows(B), weights, learned, lengths, again, return_cell_sequence
-            )
+        traced = ops.tracing()
+        if not traced and again is not None:
+            again = again.reshape(T * B)
+        from_zero = hx is None and learned is None
+        how = (weights, learned, lengths, again, return_cell_sequence, from_zero)
+        if traced:  # the operators take the batch as it is
+            found, states = self._stack(x, states, TracedRows(B), *how)
         else:
             flat = x.reshape(T * B, x.shape[-1])
-            again = None if again is None else again.reshape(T * B)
-            found, states = self._stack(
-                flat, states, Rows(T, B), weights, learned, lengths, again, return_cell_sequence
-            )
+            found, states = self._stack(flat, states, Rows(T, B), *how)
             found = tuple([s.view(T, B, s.shape[-1]) for s in found])
         if self.batch_first:
             found = tuple([s.transpose(0, 1) for s in found])
@@ -415,12 +422,14 @@ class FusedRNNBase(nn.Module):
             states = tuple([s.squeeze(1) for s in states])
         return found[0], states, *found[1:]
 
-    def _padded_reset(self, reset: Tensor | PackedSequence, x: Tensor, batched: bool) -> Tensor:
-        """``reset`` as [T, B], checked against the input ``x`` [T, B, I]."""
+    def _padded_reset(
+        self, reset: Tensor | PackedSequence, x: Tensor, batched: bool, name: str = "reset"
+    ) -> Tensor:
+        """``reset``, or ``mask``, as [T, B], checked against the input ``x`` [T, B, I]."""
         if not isinstance(reset, Tensor):
-            raise TypeError(f"reset should be a bool tensor, as input, got {type(reset).__name__}")
+            raise TypeError(f"{name} should be a bool tensor, as input, got {type(reset).__name__}")
         T, B, _ = x.shape
-        check_reset(reset, x, ((B, T) if self.batch_first else (T, B)) if batched else (T,))
+        check_reset(reset, x, ((B, T) if self.batch_first else (T, B)) if batched else (T,), name)
         if not batched:
             return reset.unsqueeze(-1)
         return reset.transpose(0, 1) if self.batch_first else reset
@@ -456,6 +465,7 @@ class FusedRNNBase(nn.Module):
         lengths: Tensor | None,
         reset: Tensor | None,
         cells: bool,
+        from_zero: bool,
     ) -> tuple[tuple[Tensor, ...], States]:
         """All layers, bottom up: ``x`` [N, I] to out [N, D*R] and the final states.
 
@@ -481,6 +491,7 @@ class FusedRNNBase(nn.Module):
                 rows,
                 self.backend,
                 self.recompute,
+                from_zero=from_zero,
                 lengths=lengths,
                 reset=reset,
                 restart=restart,

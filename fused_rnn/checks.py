@@ -55,16 +55,38 @@ def check_lengths(lengths: Tensor, x: Tensor, batched: bool) -> None:
             raise ValueError(f"lengths should be from 0 to {T}, got {low} to {high}")
 
 
-def check_reset(reset: Tensor, x: Tensor, steps: tuple[int, ...]) -> None:
-    """Raise unless ``reset`` is of the size ``steps``, one for each of the input ``x``."""
+def lengths_of(mask: Tensor) -> Tensor:
+    """How many steps come before the first that ``mask`` [T, B] leaves out, int64 [B].
+
+    On a GPU the steps behind it are not looked at, which would wait for it.
+
+    Raises:
+        ValueError: steps that count come behind it.
+    """
+    step = torch.arange(mask.shape[0], device=mask.device)[:, None]
+    lengths = torch.where(mask, mask.shape[0], step).amin(0)
+    if mask.device.type == "cpu" and not ops.tracing() and not transforms.active():
+        gaps = (mask.sum(0) != lengths).nonzero().flatten().tolist()
+        if gaps:
+            raise ValueError(
+                f"mask should be true up to a step and false from it, not so in {gaps}"
+            )
+    return lengths
+
+
+def check_reset(reset: Tensor, x: Tensor, steps: tuple[int, ...], name: str = "reset") -> None:
+    """Raise unless ``reset`` is of the size ``steps``, one for each of the input ``x``.
+
+    ``name`` is what it is called in the message.
+    """
     if reset.dtype != torch.bool:
-        raise TypeError(f"reset should be a tensor of bool, got {reset.dtype}")
+        raise TypeError(f"{name} should be a tensor of bool, got {reset.dtype}")
     if reset.shape != steps:
-        raise RuntimeError(f"Expected reset of size {steps}, got {tuple(reset.shape)}")
+        raise RuntimeError(f"Expected {name} of size {steps}, got {tuple(reset.shape)}")
     if reset.device != x.device:
         raise RuntimeError(
-            "Input and reset are not at the same device, found input tensor at "
-            f"{x.device} and reset at {reset.device}"
+            f"Input and {name} are not at the same device, found input tensor at "
+            f"{x.device} and {name} at {reset.device}"
         )
 
 

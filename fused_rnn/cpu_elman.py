@@ -80,9 +80,14 @@ class ElmanSweep:
         if dx is not None:
             torch.addmm(dx, dgates, w.w_ih, beta=int(self.reverse), out=dx)
         bias = dgates.sum(0) if needs[2] or needs[3] else None
+        dw_hh = None
+        if needs[1]:
+            dw_hh = rows.recurrent_product(
+                dgates, self.out, self.h0, self.reverse, self.layer.from_zero
+            )
         return (
             dgates.t() @ self.x if needs[0] else None,
-            rows.recurrent_product(dgates, self.out, self.h0, self.reverse) if needs[1] else None,
+            dw_hh,
             bias if needs[2] else None,
             bias if needs[3] else None,
             None,

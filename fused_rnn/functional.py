@@ -25,6 +25,7 @@ def rnn_layer(
     backend: Backend = "auto",
     recompute: bool = False,
     *,
+    from_zero: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     restart: tuple[Tensor, Tensor | None] | None = None,
@@ -37,7 +38,8 @@ def rnn_layer(
 ) -> Outputs:
     """Run one recurrent layer over a batch of sequences.
 
-    Under autocast everything is computed in the autocast dtype, as ``nn.LSTM`` does on a GPU.
+    Under autocast everything is computed in the autocast dtype. (``nn.LSTM`` takes fp16 on a GPU,
+    even where autocast is set to bf16.)
     What the keywords mean is told in :class:`fused_rnn.FusedLSTM`.
 
     Args:
@@ -49,6 +51,7 @@ def rnn_layer(
         rows: where the rows of each time step lie.
         backend: "auto", "triton", "cpu" or "eager".
         recompute: save only the states for backward and compute the gates a second time.
+        from_zero: the initial states are zeros; saves a product in backward.
         lengths: steps of each sequence of a uniform batch, int64 [B].
         reset: whether a new stretch begins at a row, bool [N].
         restart: what it begins with, h [D, R] and c [D, H] or None; by default zeros.
@@ -92,10 +95,10 @@ def rnn_layer(
     inputs = (x, h0, c0, *[p for w in weights for p in w], *masks)
     dtype = autocast_dtype(x)
     if dtype is None:
-        return _run(cell, rows, len(weights), recompute, more, inputs, backend)
+        return _run(cell, rows, len(weights), recompute, more, inputs, backend, from_zero)
     inputs = tuple([t if t is None or not t.is_floating_point() else t.to(dtype) for t in inputs])
     with without_autocast(x.device):
-        return _run(cell, rows, len(weights), recompute, more, inputs, backend)
+        return _run(cell, rows, len(weights), recompute, more, inputs, backend, from_zero)
 
 
 def _run(
@@ -106,12 +109,13 @@ def _run(
     more: Extras | None,
     inputs: Saved,
     backend: Backend,
+    from_zero: bool,
 ) -> Outputs:
     if isinstance(rows, TracedRows):
         return ops.run(cell.name, rows, directions, recompute, more, inputs, backend)
     if rows.B == 0:
         return _nothing(rows, directions, more, inputs)
-    layer = Layer(cell, rows, directions, recompute, more)
+    layer = Layer(cell, rows, directions, recompute, more, from_zero)
     by_lengths = more is not None and more == Extras()
     if by_lengths and backend in ("auto", "cpu") and not transforms.active():
         found = _by_stretches(layer, inputs, backend)

@@ -32,11 +32,15 @@ class FusedRNN(FusedRNNBase):
 
     Inputs are ``input`` [T, B, I] ([B, T, I] with ``batch_first``, [T, I] unbatched, or a
     PackedSequence) and ``hx`` [L*D, B, H] (default zeros); outputs ``output`` [T, B, D*H], of
-    the input's kind, and ``h_n`` [L*D, B, H]. Two inputs more are keywords:
+    the input's kind, and ``h_n`` [L*D, B, H]. What follows are keywords:
 
     ``lengths`` int64 [B], on the input's device: steps of each sequence of a padded batch. The
     final states are those at its end, the output is 0 beyond it; nothing is sorted or packed, and
     nobody waits for the GPU. Out-of-range values are an error on the CPU, cut off on a GPU.
+
+    ``mask`` bool, [T, B] or as the input is laid out, says the same as ``lengths`` and stands in
+    their place: true for the steps of a sequence, false for the padding behind them. A true step
+    behind a false one is an error on the CPU; on a GPU the sequence ends at the false one.
 
     ``reset`` bool, [T, B] or as the input is laid out: steps at which a new stretch of a sequence
     begins, as an episode in reinforcement learning. The state before it is zero (or the learned
@@ -71,9 +75,10 @@ class FusedRNN(FusedRNNBase):
         *,
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """``output`` [T, B, D*H] and ``h_n`` [L*D, B, H]."""
-        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, reset)
+        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, reset, mask=mask)
         return output, h_n
 
 
@@ -113,9 +118,10 @@ class FusedGRU(FusedRNNBase):
         *,
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """``output`` [T, B, D*H] and ``h_n`` [L*D, B, H]."""
-        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, reset)
+        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, reset, mask=mask)
         return output, h_n
 
 
@@ -137,9 +143,10 @@ class FusedLSTM(FusedRNNBase):
         **kwargs: as ``nn.LSTM``.
 
     Inputs are ``input`` as for :class:`FusedRNN` and ``hx = (h_0 [L*D, B, R], c_0 [L*D, B, H])``;
-    outputs ``output`` [T, B, D*R] and ``(h_n, c_n)`` of the sizes of ``hx``. ``lengths`` and
-    ``reset`` are as for :class:`FusedRNN`; ``return_cell_sequence=True`` adds a third output, c of
-    all steps of the last layer [T, B, D*H], through which gradients flow as through the others.
+    outputs ``output`` [T, B, D*R] and ``(h_n, c_n)`` of the sizes of ``hx``. ``lengths``,
+    ``mask`` and ``reset`` are as for :class:`FusedRNN`; ``return_cell_sequence=True`` adds a third
+    output, c of all steps of the last layer [T, B, D*H], through which gradients flow as through
+    the others.
 
     Example:
         >>> lstm = FusedLSTM(10, 20, 2)
@@ -159,12 +166,13 @@ class FusedLSTM(FusedRNNBase):
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         return_cell_sequence: bool = False,
+        mask: Tensor | None = None,
     ) -> Any:
         """``output`` [T, B, D*R] and ``(h_n [L*D, B, R], c_n [L*D, B, H])``.
 
         With ``return_cell_sequence``, third, the last layer's c of all steps [T, B, D*H].
         """
-        return self._run(input, hx, lengths, reset, return_cell_sequence)
+        return self._run(input, hx, lengths, reset, return_cell_sequence, mask)
 
     def get_expected_cell_size(
         self, input: Tensor, batch_sizes: Tensor | None

@@ -77,7 +77,8 @@ class Layer:
     """What a backend must know of a layer beside its tensors.
 
     With ``recompute`` only the states are saved for backward, not the gates. ``extras`` is None for
-    what torch.nn's layers can do; else :class:`Masks` stand behind the parameters.
+    what torch.nn's layers can do; else :class:`Masks` stand behind the parameters. ``from_zero``
+    says that the initial states are zeros, with which no product is needed; False says nothing.
     """
 
     cell: Cell
@@ -85,6 +86,7 @@ class Layer:
     directions: int
     recompute: bool = False
     extras: Extras | None = None
+    from_zero: bool = False
 
     def masks(self, inputs: "Saved") -> Masks:
         """The masks among ``inputs`` as in :class:`Engine`."""

@@ -94,9 +94,12 @@ class Rows:
         return torch.cat([initial, state]).index_select(0, index)
 
     def recurrent_product(
-        self, dgates: Tensor, state: Tensor, initial: Tensor, reverse: bool
+        self, dgates: Tensor, state: Tensor, initial: Tensor, reverse: bool, from_zero: bool
     ) -> Tensor:
-        """``dgates^T previous``: the gradient [G, H] of weights that the previous state met."""
+        """``dgates^T previous``: the gradient [G, H] of weights that the previous state met.
+
+        With ``from_zero`` the ``initial`` state is zero, and its product is left out.
+        """
         if self.batch_sizes is not None:
             return dgates.t() @ self.previous(state, initial, reverse)
         n = self.N - self.B  # the rows lie side by side: no copy
@@ -104,6 +107,8 @@ class Rows:
         first = slice(n, None) if reverse else slice(0, self.B)
         rest, before = (earlier, later) if reverse else (later, earlier)
         product = dgates[rest].t() @ state[before]
+        if from_zero:
+            return product
         return product.addmm_(dgates[first].t(), initial.to(state.dtype))
 
     def offsets(self, device: torch.device) -> Tensor | None:

@@ -159,7 +159,7 @@ def gradients(
             dw_hh = flat.t() @ fed[:, d * H : (d + 1) * H]
         elif need_w_hh:
             state = out if len(weights) == 1 else out[:, d * H : (d + 1) * H]
-            dw_hh = layer.rows.recurrent_product(flat, state, h0[d], d == 1)
+            dw_hh = layer.rows.recurrent_product(flat, state, h0[d], d == 1, layer.from_zero)
         db = flat.sum(0) if any(need_biases) else None
         if len(x_slots) == 1:
             dbs = [db if need else None for need in need_biases]  # the two have one gradient

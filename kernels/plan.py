@@ -47,7 +47,7 @@ class Limits:
         wide_mma: a plain dot of 64 rows or more becomes wgmma or tcgen05, not mma.sync.
         fast_tanh: tanh.approx.f32 exists, and inline assembly to reach it.
         groups: programs of a launch can wait for each other.
-        hop_us: microseconds of a barrier among them, from release to acquire; see `step_cycles`.
+        hop_us: microseconds of a barrier among 32 of them, release to acquire; see `step_cycles`.
         programs: as many of a launch as may wait for each other, if the driver takes fewer than the
             chip has room for.
     """
@@ -65,7 +65,7 @@ class Limits:
     wide_mma: bool = False
     fast_tanh: bool = True
     groups: bool = True
-    hop_us: float = 0.65
+    hop_us: float = 0.855
     programs: int | None = None
 
 
@@ -479,7 +479,8 @@ def _launches(case: _Case, plan: Plan) -> int:
     return -(-tiles // max(1, plan.tiles)) * -(-case.D // max(1, plan.directions))
 
 
-L2_BYTES = 64
+L2_BYTES = 24
+SHARED_BYTES = 5
 
 
 def step_cycles(case: _Case, plan: Plan) -> float:
@@ -489,10 +490,13 @@ def step_cycles(case: _Case, plan: Plan) -> float:
 
         33 cycles    one mma.sync of a dependent chain (A100, H100; "Dissecting the NVIDIA Hopper
                      architecture through microbenchmarking", arXiv 2501.12084)
-        64 B/cycle   from L2 to one SM; 128 B/cycle from shared memory (CUDA programming guides)
+        24 B/cycle   between L2 and one SM, in and out, while all SMs exchange (fitted to an H100);
+        5 B/cycle    to each warp from tiles of weights in shared memory, conversions included
+                     (fitted to an H100 and an H200; what the chip has is 128 for an SM)
         300 cycles   a load that hits L2 (the same paper: 260 to 280, and the way back)
-        0.65 us      release to acquire between programs (an H100, by the flash-vla project), unless
-                     `python -m fused_rnn.check --remember` has measured it on this GPU
+        0.855 us     release to acquire among 32 programs, measured on an H100: 0.64 among 2 to 8,
+                     0.83 among 16, 0.96 among 132, but steps of small groups do not gain the
+                     difference. `python -m fused_rnn.check --remember` measures it on another GPU
         400 cycles   block barriers, conversions between layouts; 150 more where there are more
                      threads than units, 50 per tile of weights, 35 per slot and sequence of a
                      thread for the pointwise part (fitted to estimates from our machine code)
@@ -524,5 +528,6 @@ def step_cycles(case: _Case, plan: Plan) -> float:
         from_memory = 0 if fits else all_weights / (limits.memory * 1000 / limits.clock)
         weights = 2 * max(kept / L2_BYTES, from_memory)
     else:
-        weights = 2 * (kept - 128 * plan.weight_registers * plan.warps) / 128
+        left = kept - 128 * plan.weight_registers * plan.warps
+        weights = 2 * left / (SHARED_BYTES * plan.warps)
     return local + chain + hop + exchange + weights

@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import triton
 from triton.runtime import interpreter
 
@@ -62,7 +63,7 @@ def concurrent_grid(seed: int = 0, timeout: float = 60.0) -> Iterator[None]:
         Hang: if all that are left poll addresses nobody writes to, or after `timeout` seconds.
     """
     if not triton.knobs.runtime.interpret:
-        raise RuntimeError("needs TRITON_INTERPRET=1")
+        pytest.skip("needs TRITON_INTERPRET=1: with a GPU, the interpreter runs on demand only")
     rng = random.Random(seed)
 
     class Executor(interpreter.GridExecutor):

@@ -53,16 +53,19 @@ def triton_device(request: pytest.FixtureRequest) -> str:
 def _fp32_precision(request: pytest.FixtureRequest) -> Iterator[None]:
     """No TF32 on a GPU, which recurrent layers take by default: tolerances of fp32 are for fp32.
 
-    Of torch.nn's layers, of ours, and of the products of a test itself. torch.export refuses to
-    run while cuDNN's convolutions and recurrent layers differ. What a test changes is put back.
+    Of torch.nn's layers, of ours, and of the products of a test itself. `allow_tf32` is the older
+    switch of cuDNN, by which torch.export asks. What a test changes is put back.
     """
     cudnn: Any = torch.backends.cudnn
     switches = (cudnn.rnn, cudnn.conv, torch.backends.cuda.matmul)
     before = [switch.fp32_precision for switch in switches]
-    if request.node.get_closest_marker("gpu"):
-        for switch in switches:
-            switch.fp32_precision = "ieee"
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if on_gpu:
+        cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     yield
+    if on_gpu:
+        cudnn.allow_tf32 = True
     for switch, setting in zip(switches, before, strict=True):
         if switch.fp32_precision != setting:
             switch.fp32_precision = setting

@@ -328,6 +328,30 @@ def test_bad_shapes_are_refused(capsys):
     assert "four positive integers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", [run, accuracy, learning, memory])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "abacus", "meta"])
+def test_a_device_that_is_not_there_is_refused(script, device, monkeypatch, capsys):
+    def no_gpu(*_):  # as PyTorch without CUDA says
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", no_gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if torch.cuda.is_initialized() and device.startswith("cuda"):
+        pytest.skip("the GPU of this process is in use already")
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--device", device])
+    assert stop.value.code == 2
+    assert f"argument --device: '{device}' cannot be used" in capsys.readouterr().err
+
+
+def test_run_takes_no_other_device_than_it_can_name(monkeypatch, capsys):
+    """Lines of JSON say cuda or cpu, and are measured on what they say."""
+    monkeypatch.setattr(run, "device", torch.device)
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cuda:1"])
+    assert "argument --device: cuda or cpu, not cuda:1" in capsys.readouterr().err
+
+
 def test_list_names_sets_and_providers(capsys):
     assert run.main(["--list"]) == 0
     printed = capsys.readouterr().out

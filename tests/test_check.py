@@ -309,7 +309,7 @@ def cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.devi
 
 
 def test_the_barrier_is_remembered(cuda: torch.device, tmp_path: Path) -> None:
-    assert devices.device_limits(cuda).hop_us == 0.65
+    assert devices.device_limits(cuda).hop_us == 0.855
     items, works = child._to_remember({"hop_us": 1.25, "rows": []}, cuda)
     assert [item["name"] for item in items] == ["barrier"]
     assert works[0](print) == {"state": "green", "plan": "1.250 us for a barrier"}
@@ -322,7 +322,7 @@ def test_a_strange_barrier_counts_for_nothing(
     cuda: torch.device, tmp_path: Path, text: Any
 ) -> None:
     (tmp_path / "constants.json").write_text(json.dumps({devices.hop_key(cuda): text}))
-    assert devices.device_limits(cuda).hop_us == 0.65
+    assert devices.device_limits(cuda).hop_us == 0.855
 
 
 def test_plans_are_remembered(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

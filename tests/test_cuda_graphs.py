@@ -261,6 +261,9 @@ def test_make_graphed_callables(kind: str) -> None:
     x = torch.randn(20, 8, 16, device="cuda", requires_grad=True)
     expected = layer(x)[0]
     (slope,) = torch.autograd.grad(expected.sum(), x)
+    # Else the nodes of the parameters' gradients live on, bound to the stream of this call, and the
+    # capture would have to wait for it.
+    expected = expected.detach()
     graphed = torch.cuda.make_graphed_callables(layer, (x.detach().clone().requires_grad_(),))
     found = graphed(x)[0]
     assert torch.equal(found, expected)

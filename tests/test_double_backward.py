@@ -38,7 +38,9 @@ def compare(kind: str, device: str, dtype: torch.dtype, packed: bool, **options:
     exact, layer = twins(kind, 3, 5, bidirectional=True, dtype=dtype, **options)
     xs = sequences([4, 2, 3], 3, dtype) if packed else [torch.randn(4, 2, 3, dtype=dtype)]
     found = penalty(layer.to(device), xs, packed)
-    assert_same(found, penalty(exact.double(), [x.double() for x in xs], packed), dtype)
+    expected = penalty(exact.double(), [x.double() for x in xs], packed)
+    # A second derivative goes three times through the layer, and the errors of each add up.
+    assert_same(found, expected, dtype, growth=3**0.5)
 
 
 both = pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -260,6 +261,41 @@ def test_textgen_stops_in_time(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text())["training"]["seconds"] < 10
 
 
+def test_textgen_trains_a_fixed_number_of_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock decides only where it is asked to."""
+    monkeypatch.setattr(textgen, "STEPS", 3)
+    flags = [*TINY, "--corpus", str(CAT_SAT), "--length", "0", "--out", str(tmp_path)]
+    assert textgen.main(flags) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["training"]["steps"] == 3
+
+
+def test_textgen_learns_the_same_again(trained: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--corpus", str(CAT_SAT), "--steps", "20", "--length", "5"]
+    reports = [json.loads((trained / "metrics.json").read_text())]
+    for seed in ("0", "1"):
+        assert textgen.main([*flags, "--seed", seed, "--out", str(tmp_path)]) == 0
+        reports.append(json.loads((tmp_path / "metrics.json").read_text()))
+    first, same, other = (report["curve"] for report in reports)
+    assert first == same != other
+
+
+def test_textgen_shows_the_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*TINY, "--corpus", str(CAT_SAT), "--length", "0", "--out", str(tmp_path)]
+    assert textgen.main([*flags, "--steps", "2"]) == 0
+    assert re.search(r"100%.* 00:\d\d, 00:00 left, step 2", capsys.readouterr().err)
+
+
+def test_textgen_says_who_does_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*TINY, "--corpus", str(CAT_SAT), "--length", "0", "--out", str(tmp_path)]
+    assert textgen.main([*flags, "--steps", "2"]) == 0
+    assert "the model is worse than unigram, zlib: train" in capsys.readouterr().out
+    known = {"unigram": 4.5, "zlib": 1.9, "bz2": 1.5, "lzma": 1.4}
+    assert textgen.better_ones(1.7, known) == []  # bz2 and lzma see farther back
+    assert textgen.better_ones(2.4, known) == ["zlib"]
+
+
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_the_cat_sat_on_the_mat(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -294,6 +330,7 @@ def test_the_cat_sat_on_the_mat(
         (["--dropout", "1"], "--dropout: must be in"),
         (["--top-k", "0"], "--top-k: must be at least 1"),
         (["--device", "abacus"], "--device: 'abacus' cannot be used"),
+        (["--device", "meta"], "--device: 'meta' cannot be used"),
         (["--steps", "1", "--minutes", "1"], "not allowed with"),
         (["--steps", "0"], "nothing to train"),
         (["--minutes", "0"], "nothing to train"),

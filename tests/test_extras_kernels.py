@@ -3,10 +3,7 @@
 (The eager loop is held against torch.nn in test_extras.py.)
 """
 
-import os
 from typing import Any
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
 import pytest
 import torch

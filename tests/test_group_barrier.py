@@ -1,9 +1,5 @@
 """The barrier among programs: its protocol, state by state, and its code, run concurrently."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
-
 import re
 import threading
 from collections.abc import Iterator

@@ -3,10 +3,6 @@
 Most plans are made by hand, so that small sizes meet what the planner gives to large ones.
 """
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 

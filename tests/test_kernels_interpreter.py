@@ -1,9 +1,5 @@
 """The two sweep kernels in Triton's interpreter, against the eager formulas in fp64."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
-
 from dataclasses import replace
 
 import pytest

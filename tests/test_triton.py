@@ -62,7 +62,8 @@ def compare(
     )
     found = {name: value.cpu() for name, value in found.items()}
     if dtype == torch.float32:
-        assert_same(found, expected, dtype)
+        # The tolerance is for sums of 256 products; rounding grows as the root of their number.
+        assert_same(found, expected, dtype, growth=max(1.0, (H / 256) ** 0.5))
     elif dtype == torch.bfloat16 and device == "cpu":
         # The interpreter truncates to bf16 where hardware rounds: twice the error, all to one side,
         # so that torch.nn's own error is no measure.
@@ -320,6 +321,8 @@ def test_explain_refuses() -> None:
     ],
 )
 def test_triton_says_what_it_cannot(layer: Any, words: str, triton_device: str) -> None:
+    if triton_device == "cuda" and "1025" in words:
+        pytest.skip("a group runs it there; the interpreter has one program at a time")
     layer = layer(backend="triton").to(triton_device)
     x = torch.randn(4, 2, 3, dtype=layer.weight_ih_l0.dtype, device=triton_device)
     with pytest.raises(RuntimeError, match=words):

@@ -1,8 +1,9 @@
-"""What both examples share: the choice of cell, and command-line types that refuse bad numbers."""
+"""What the commands share: the choice of cell, and types of arguments that refuse bad values."""
 
 import argparse
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,10 @@ def number(at_least: float, below: float = math.inf) -> Callable[[str], float]:
 
 
 def device(text: str) -> torch.device:
-    """A command-line type: a device that this machine has."""
+    """A command-line type: a device that this machine has and that can compute."""
     try:
         chosen = torch.device(text)
-        torch.empty(0, device=chosen)
+        torch.zeros((), device=chosen).item()  # "meta" allocates, but has no values
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from error
     return chosen
@@ -59,3 +60,17 @@ def device(text: str) -> torch.device:
 def default_device() -> str:
     """The GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def require(*modules: str) -> None:
+    """End the process with one line unless optional packages can be imported.
+
+    Args:
+        *modules: names of modules that the extra "examples" installs.
+
+    Raises:
+        SystemExit: some are missing; the message names them and says what to install.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise SystemExit(f"not installed: {', '.join(missing)} (pip install 'fused-rnn[examples]')")

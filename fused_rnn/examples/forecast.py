@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from fused_rnn.examples.common import CELLS, default_device, device, integer, number
+from fused_rnn.examples.common import CELLS, default_device, device, integer, number, require
 
 CYCLE = 11  # years from one maximum to the next, about
 
@@ -94,6 +93,8 @@ def targets(series: Tensor, horizon: int) -> Tensor:
 
 def train(model: Forecaster, series: Tensor, steps: int, lr: float) -> list[float]:
     """Fits the model to a series, read as one sequence at each step; returns the losses."""
+    from tqdm import tqdm  # an optional package, so only where it is wanted
+
     model.fit_units(series)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
@@ -232,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     shape = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
     if args.load and shape:
         parser.error(f"--load brings its own model: drop --{', --'.join(shape)}")
+    require("statsmodels", "matplotlib", *([] if args.load else ["tqdm"]))
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from fused_rnn.examples.common import CELLS, State, detach
 from fused_rnn.examples.corpus import chunks, streams
@@ -125,6 +124,8 @@ def train(
     Each step reads the next `chunk` tokens of every stream, goes on from the state in which the
     chunk before left the layer, and sends gradients back to the chunk's first token only.
     """
+    from tqdm import tqdm  # an optional package, so only where it is wanted
+
     history = History()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     data = batches(ids, batch, chunk)
@@ -134,8 +135,9 @@ def train(
     spent = 0.0
     start = time.perf_counter()
     model.train()
-    form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=1.0, bar_format=form, mininterval=0.5) as bar:
+    form = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
+    # Without smoothing, the time left follows from the mean step so far: evaluations are no jolts.
+    with tqdm(total=1.0, bar_format=form, mininterval=0.5, smoothing=0) as bar:
         while spent < 1:
             inputs, targets, fresh = next(data)
             logits, state = model(inputs, None if fresh or state is None else detach(state))

@@ -351,7 +351,8 @@ class FusedRNNBase(nn.Module):
     ) -> tuple[Any, ...]:
         """``output``, the final states, and c of all steps if it is asked for."""
         if graphs.recording(input):
-            return graphs.record(self, input, hx, lengths, reset, return_cell_sequence)
+            keywords = {"lengths": lengths, "reset": reset, "mask": mask}
+            return graphs.record(self, input, hx, keywords, return_cell_sequence)
         weights = self._weights()
         w_ih = weights[0][0].w_ih
         if isinstance(input, PackedSequence):

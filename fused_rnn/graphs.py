@@ -46,8 +46,7 @@ def record(
     layer: "FusedRNNBase",
     input: Any,
     hx: Any,
-    lengths: Any,
-    reset: Any,
+    keywords: dict[str, Any],
     return_cell_sequence: bool,
 ) -> tuple[Any, ...]:
     """``output``, the final states, and c of all steps if it is asked for, as recorded.
@@ -57,15 +56,14 @@ def record(
         TypeError: torch.fx traces the layer itself, not a model that it is in.
     """
     if isinstance(input, Proxy):
-        return _node(layer, input, hx, lengths, reset, return_cell_sequence)
+        return _node(layer, input, hx, keywords, return_cell_sequence)
     used = {
         "zoneout": layer.zoneout > 0,
         "recurrent_dropout": layer.recurrent_dropout > 0 and layer.training,
         "clip_recurrent_grad": bool(layer.clip_recurrent_grad) and torch.is_grad_enabled(),
-        "lengths": lengths is not None,
-        "reset": reset is not None,
         "return_cell_sequence": return_cell_sequence,
     }
+    used |= {name: value is not None for name, value in keywords.items()}
     if any(used.values()):
         names = ", ".join(name for name, there in used.items() if there)
         raise RuntimeError(f"torch.jit.trace records torch.nn's layer, which has no {names}")
@@ -95,8 +93,7 @@ def _node(
     layer: "FusedRNNBase",
     input: Proxy,
     hx: Any,
-    lengths: Any,
-    reset: Any,
+    keywords: dict[str, Any],
     return_cell_sequence: bool,
 ) -> tuple[Any, ...]:
     """The call as a node of torch.fx, as its tracer makes one of torch.nn's layers."""
@@ -108,7 +105,6 @@ def _node(
             "it is one node"
         )
     lstm = layer.mode == "LSTM"
-    keywords = {"lengths": lengths, "reset": reset}
     keywords = {name: value for name, value in keywords.items() if value is not None}
     if hx is not None:
         keywords["hx"] = hx if lstm else hx[0]

@@ -1,5 +1,6 @@
 """FlopCounterMode counts the matrix products of a layer, whatever runs it: as for torch.nn's."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -107,12 +108,19 @@ def test_the_kernels(kind: str, packed: bool, triton_device: str) -> None:
     assert found[1] == found[0]
 
 
+@pytest.fixture
+def _forget_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_forget_graphs")
 @pytest.mark.parametrize("kind", ["gru", "lstm", "projected"])
 def test_compiled_and_exported_layers(kind: str) -> None:
     """There the operators are counted; nothing that they run is counted once more."""
     _, layer = twins(kind, I, H, bidirectional=True, dtype=torch.float64)
     expected = counted(layer, batch())
-    torch._dynamo.reset()
     # Newer versions of PyTorch run what is compiled eagerly while a counter is at work.
     compiled = torch.compile(lambda x: layer(x), backend="aot_eager")
     assert counted(compiled, batch()) == expected

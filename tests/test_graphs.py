@@ -181,6 +181,7 @@ EXTRAS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clip_recurrent_grad": ({"clip_recurrent_grad": 1.0}, {}),
     "lengths": ({}, {"lengths": torch.tensor([3, 6, 2, 1])}),
     "reset": ({}, {"reset": torch.zeros(6, 4, dtype=torch.bool)}),
+    "mask": ({}, {"mask": torch.ones(6, 4, dtype=torch.bool)}),
     "return_cell_sequence": ({}, {"return_cell_sequence": True}),
 }
 
@@ -293,7 +294,8 @@ class Everything(nn.Module):
         output, (h, c), cells = self.rnns[0](
             x, (h, c), lengths=lengths, reset=reset, return_cell_sequence=True
         )
-        return self.rnns[1](output, h), c, cells
+        mask = (x[..., 0] * 0 == 0).cummin(0).values
+        return self.rnns[1](output, h, mask=mask), c, cells
 
 
 def test_fx_takes_states_and_extras() -> None:

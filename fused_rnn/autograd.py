@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_rnn import dispatch, reference, step
 from fused_rnn.dispatch import Backend
+from fused_rnn.flops import counted
 from fused_rnn.precision import without_autocast
 from fused_rnn.problem import Engine, Grads, Layer, Outputs, Saved
 
@@ -20,7 +21,7 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, engine: Engine, layer: Layer, *inputs: Tensor | None) -> Outputs:
         """Run the engine's forward and keep what its backward asks for."""
-        outputs, saved = engine.forward(layer, inputs, save=True)
+        outputs, saved = counted(engine).forward(layer, inputs, save=True)
         ctx.engine, ctx.layer, ctx.count = engine, layer, len(inputs)
         ctx.set_materialize_grads(False)
         # Not c_seq: an engine that needs it has saved its own, so the caller may overwrite this.
@@ -48,7 +49,7 @@ class LayerFunction(torch.autograd.Function):
                 found = _differentiable(layer, inputs, grads, needs)
             else:
                 outputs, saved = Outputs(*rest[:3]), rest[3:]
-                found = engine.backward(layer, inputs, outputs, saved, grads, needs)
+                found = counted(engine).backward(layer, inputs, outputs, saved, grads, needs)
         return None, None, *found
 
 
@@ -95,5 +96,5 @@ def run(layer: Layer, inputs: Saved, backend: Backend) -> Outputs:
         return reference.run(layer, inputs)
     if record:
         return Outputs(*LayerFunction.apply(engine, layer, *inputs))
-    outputs, _ = engine.forward(layer, inputs, save=False)
+    outputs, _ = counted(engine).forward(layer, inputs, save=False)
     return outputs

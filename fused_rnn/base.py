@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import cells, ops
+from fused_rnn import cells, graphs, ops
 from fused_rnn.cells import Cell
 from fused_rnn.checks import (
     check_arguments,
@@ -31,8 +31,19 @@ States = tuple[Tensor, ...]  # (h,) or (h, c), each [L*D, B, .]
 class FusedRNNBase(nn.Module):
     """The common part of FusedRNN, FusedGRU and FusedLSTM.
 
-    It is no subclass of ``nn.RNNBase``: Dynamo refuses to trace those.
+    It is no subclass of ``nn.RNNBase``: Dynamo refuses to trace those. So ``isinstance(layer,
+    nn.RNNBase)`` is False; what code for torch.nn's layers calls or reads is here all the same.
     """
+
+    __jit_unused_properties__ = (
+        "_all_weights",
+        "_cell",
+        "_directions",
+        "_flat_weights",
+        "_flat_weights_names",
+        "_state_widths",
+        "all_weights",
+    )
 
     input_size: int
     hidden_size: int
@@ -139,14 +150,31 @@ class FusedRNNBase(nn.Module):
             raise RuntimeError(f"Expected {name} of size {size}, got {tuple(tensor.shape)}")
         return tensor
 
+    # What torch.nn's layers keep as lists is read from the layer as it is at the moment.
+
     @property
-    def all_weights(self) -> list[list[nn.Parameter]]:
-        """The parameters of each layer and direction."""
+    def _all_weights(self) -> list[list[str]]:
+        """The names of the parameters of each layer and direction."""
         return [
-            [getattr(self, entry[0]) for entry in direction if entry is not None]
+            [entry[0] for entry in direction if entry is not None]
             for layer in self._layout
             for direction in layer
         ]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        """The names of all of them, in the order of torch.nn's functions."""
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        """The parameters in the order of their names."""
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """The parameters of each layer and direction."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
 
     def reset_parameters(self) -> None:
         """Draw every parameter from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does.
@@ -162,6 +190,13 @@ class FusedRNNBase(nn.Module):
 
     def flatten_parameters(self) -> None:
         """Do nothing; for code written for torch.nn. These layers need no flat weight buffer."""
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which calls this: it cannot compile our Python code."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile a fused layer. Script the model with torch.nn's: "
+            "torch.jit.script(fused_rnn.unfuse(model))"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, also of a version that did not know every attribute."""
@@ -242,6 +277,35 @@ class FusedRNNBase(nn.Module):
         if hx.size() != expected:
             raise RuntimeError(msg.format(expected, list(hx.size())))
 
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """Raise torch.nn's error unless the input and the initial states fit.
+
+        Args:
+            input: [T, B, I], [B, T, I] with ``batch_first``, or packed [N, I].
+            hidden: h [L*D, B, H]; of an LSTM a pair of h [L*D, B, R] and c [L*D, B, H].
+            batch_sizes: of a packed input, int64 [T].
+
+        Raises:
+            RuntimeError: a size, the number of axes or a device does not fit.
+            ValueError: the dtype does not.
+        """
+        self.check_input(input, batch_sizes)
+        self.check_hidden_size(hidden, self.get_expected_hidden_size(input, batch_sizes))
+
+    def get_expected_hidden_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        """The size of h for an input as in :meth:`check_forward_args`."""
+        if batch_sizes is not None:
+            B = int(batch_sizes[0])
+        else:
+            B = input.size(0 if self.batch_first else 1)
+        return self.num_layers * self._directions, B, self.proj_size or self.hidden_size
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """The states ``hx`` with their sequences in the order of ``permutation``, int64 [B]."""
+        return hx if permutation is None else hx.index_select(1, permutation)
+
     def _check_states(self, input: Tensor, states: States, B: int) -> None:
         names = ["hidden[0]", "hidden[1]"] if len(states) == 2 else ["hidden"]
         widths = [self.proj_size or self.hidden_size, self.hidden_size]
@@ -286,6 +350,9 @@ class FusedRNNBase(nn.Module):
         mask: Tensor | None = None,
     ) -> tuple[Any, ...]:
         """``output``, the final states, and c of all steps if it is asked for."""
+        if graphs.recording(input):
+            keywords = {"lengths": lengths, "reset": reset, "mask": mask}
+            return graphs.record(self, input, hx, keywords, return_cell_sequence)
         weights = self._weights()
         w_ih = weights[0][0].w_ih
         if isinstance(input, PackedSequence):

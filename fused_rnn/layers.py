@@ -174,6 +174,31 @@ class FusedLSTM(FusedRNNBase):
         """
         return self._run(input, hx, lengths, reset, return_cell_sequence, mask)
 
+    def get_expected_cell_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        """The size of c for an input as in :meth:`check_forward_args`."""
+        rows, B, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return rows, B, self.hidden_size
+
+    def check_forward_args(
+        self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
+    ) -> None:
+        """See :meth:`fused_rnn.base.FusedRNNBase.check_forward_args`."""
+        self.check_input(input, batch_sizes)
+        sizes = self.get_expected_hidden_size, self.get_expected_cell_size
+        for i, size in enumerate(sizes):
+            message = f"Expected hidden[{i}] size {{}}, got {{}}"
+            self.check_hidden_size(hidden[i], size(input, batch_sizes), message)
+
+    def permute_hidden(
+        self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``hx`` with its sequences in the order of ``permutation``, int64 [B]."""
+        if permutation is None:
+            return hx
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
 
 def _refuse_projection(kwargs: dict[str, Any]) -> None:
     if "proj_size" in kwargs:

@@ -7,13 +7,15 @@ run. Untraced calls do not take them: next to a small layer an operator's own ti
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.flop_counter import register_flop_formula
 
-from fused_rnn import dispatch, eager, step, transforms
+from fused_rnn import dispatch, eager, flops, step, transforms
 from fused_rnn.cells import BY_NAME
 from fused_rnn.dispatch import Backend
 from fused_rnn.problem import Engine, Extras, Layer, Masks, Outputs, Saved, Weights
@@ -346,6 +348,46 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 layer_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---- FLOPs --------------------------------------------------------------------------------------
+
+
+@register_flop_formula(torch.ops.fused_rnn.layer)
+def _layer_flops(
+    tensors: list[flops.Size],
+    batch_sizes: flops.Size | None,
+    cell: str,
+    directions: int,
+    recompute: bool,
+    backend: str,
+    masks: list[bool],
+    *options: Any,
+    out_shape: Any,
+) -> int:
+    weights = slice(2 + BY_NAME[cell].has_c, len(tensors) - sum(masks))
+    return flops.forward(prod(tensors[0][:-1]), tensors[weights])
+
+
+@register_flop_formula(torch.ops.fused_rnn.layer_backward)
+def _layer_backward_flops(
+    grads: list[flops.Size],
+    given: list[bool],
+    tensors: list[flops.Size],
+    results: list[flops.Size],
+    needs: list[bool],
+    batch_sizes: flops.Size | None,
+    cell: str,
+    directions: int,
+    recompute: bool,
+    backend: str,
+    masks: list[bool],
+    *options: Any,
+    out_shape: Any,
+) -> int:
+    weights = slice(2 + BY_NAME[cell].has_c, len(tensors) - sum(masks))
+    rows, wanted = prod(tensors[0][:-1]), [needs[0], *needs[weights]]
+    return flops.backward(rows, tensors[1], tensors[weights], wanted, needs[1])
 
 
 # ---- what the traced layer calls ----------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from fused_rnn import autograd, dispatch, reference
 from fused_rnn.autograd import forward_mode
 from fused_rnn.dispatch import Backend
+from fused_rnn.flops import counted
 from fused_rnn.precision import without_autocast
 from fused_rnn.problem import Grads, Layer, Outputs, Saved
 from fused_rnn.rows import Rows
@@ -109,6 +110,7 @@ class _Gradients(torch.autograd.Function):
         grads, inputs = tensors[:4], tensors[4:]
         engine = dispatch.choose_for(layer, inputs, backend).engine
         assert engine is not None
+        engine = counted(engine)
         outputs, saved = engine.forward(layer, inputs, save=True)
         found = engine.backward(layer, inputs, outputs, saved, grads, needs)  # type: ignore[arg-type]
         return _distinct(found)

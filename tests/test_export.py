@@ -1,5 +1,6 @@
 """torch.export with symbolic T and B, and the way to ONNX."""
 
+import copy
 import io
 from typing import Any
 
@@ -87,14 +88,13 @@ def test_the_triton_backend_is_exported(triton_device: str) -> None:
         torch.testing.assert_close(program(x), layer(x))
 
 
+# ---- ONNX ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("kind", ["tanh", "gru", "lstm"])
 @pytest.mark.filterwarnings("ignore:.*_flat_weights")  # of torch.nn, which keeps two lists of them
 def test_the_way_to_onnx(kind: str) -> None:
-    """ONNX has operators for torch.nn's layers: unfuse, then export. Here without the onnx package.
-
-    torch.export of torch.nn's layers fixes T, but the exporter that makes the ONNX operators does
-    not: the graph that it starts from has one node for the layer.
-    """
+    """ONNX has operators for torch.nn's layers: unfuse, then export. Here without the packages."""
     _, layer = twins(kind, 3, 5)
     model = Tagger(layer).eval()
     x = torch.randn(6, 4, 3)
@@ -107,15 +107,58 @@ def test_the_way_to_onnx(kind: str) -> None:
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore")  # the legacy exporter's own: it is deprecated
-def test_onnx_with_the_onnx_package() -> None:
+def assert_runs(program: bytes, model: nn.Module) -> None:
+    """The ONNX program computes what ``model`` does, for all sizes, by ONNX' own evaluator."""
     onnx = pytest.importorskip("onnx", reason="the onnx package is not installed")
-    model = nn.Sequential(fused_rnn.FusedGRU(3, 5)).eval()
-    fused_rnn.unfuse(model)
+    reference = pytest.importorskip("onnx.reference", reason="the onnx package is not installed")
+    evaluator = reference.ReferenceEvaluator(onnx.load_model_from_string(program))
+    for size in SIZES:
+        x = torch.randn(*size, 3)
+        (found,) = evaluator.run(None, {evaluator.input_names[0]: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found.copy()), model(x), rtol=1e-4, atol=1e-5)
+
+
+ONNX_CONFIGURATIONS = [{}, {"num_layers": 2, "bidirectional": True}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kwargs", ONNX_CONFIGURATIONS)
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.filterwarnings("ignore")  # the exporter's own, of deprecated parts of PyTorch
+def test_onnx_of_torch_export(kind: str, kwargs: dict[str, Any]) -> None:
+    pytest.importorskip("onnxscript", reason="the onnxscript package is not installed")
+    _, layer = twins(kind, 3, 5, batch_first=True, **kwargs)
+    model = Tagger(layer).eval()
+    x = torch.randn(6, 4, 3)
+    model(x)
+    plain = fused_rnn.unfuse(copy.deepcopy(model))
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO},)
+    program = torch.onnx.export(plain, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    assert program is not None
+    nodes = [n.op_type for n in program.model.graph]
+    assert nodes.count(kind.upper()) == layer.num_layers
     buffer = io.BytesIO()
-    axes = {"x": {0: "T", 1: "B"}}
-    torch.onnx.export(
-        model, (torch.randn(6, 4, 3),), buffer, dynamo=False, input_names=["x"], dynamic_axes=axes
-    )
+    program.save(buffer)
+    assert_runs(buffer.getvalue(), model)
+
+
+@pytest.mark.parametrize("kwargs", [*ONNX_CONFIGURATIONS, {"batch_first": True}])
+@pytest.mark.parametrize("kind", ["tanh", "gru", "lstm"])  # ONNX' evaluator knows no Relu in RNN
+@pytest.mark.parametrize("unfused", [False, True])
+@pytest.mark.filterwarnings("ignore")  # the exporter's own: it is deprecated
+def test_onnx_of_a_trace(kind: str, kwargs: dict[str, Any], unfused: bool) -> None:
+    """A trace holds torch.nn's function, so this exporter takes the fused layers, too."""
+    onnx = pytest.importorskip("onnx", reason="the onnx package is not installed")
+    _, layer = twins(kind, 3, 5, **kwargs)
+    model = Tagger(layer).eval()
+    x = torch.randn(6, 4, 3)
+    expected = model(x)
+    exported = fused_rnn.unfuse(copy.deepcopy(model)) if unfused else model
+    buffer = io.BytesIO()
+    axes = {"x": {0: "first", 1: "second"}}
+    torch.onnx.export(exported, (x,), buffer, dynamo=False, input_names=["x"], dynamic_axes=axes)
     graph = onnx.load_model_from_string(buffer.getvalue()).graph
-    assert [n.op_type for n in graph.node].count("GRU") == 1
+    name = kind.upper() if kind in ("gru", "lstm") else "RNN"
+    assert [n.op_type for n in graph.node].count(name) == layer.num_layers
+    assert_runs(buffer.getvalue(), model)
+    torch.testing.assert_close(model(x), expected)

@@ -347,3 +347,56 @@ def test_public_names() -> None:
         "tune",
         "unfuse",
     ]
+
+
+# ---- what torch.nn's layers have beside their documentation --------------------------------------
+
+
+@every_layer
+@pytest.mark.parametrize("kwargs", [{}, {"bias": False, "bidirectional": True, "num_layers": 2}])
+def test_lists_of_weights_are_torchs(kind: str, kwargs: dict[str, Any]) -> None:
+    plain, fused = twins(kind, 3, 5, **kwargs)
+    assert fused._flat_weights_names == plain._flat_weights_names
+    assert fused._all_weights == plain._all_weights
+    assert [w.shape for w in fused._flat_weights] == [w.shape for w in plain._flat_weights]
+    fused.weight_hh_l0 = nn.Parameter(torch.zeros_like(plain.weight_hh_l0))
+    assert fused._flat_weights[1] is fused.weight_hh_l0
+    assert not any(name.startswith(("_flat", "_all")) for name in vars(fused))
+    with pytest.raises(AttributeError):
+        fused._flat_weights = []
+
+
+INPUTS: dict[str, tuple[bool, tuple[int, ...], torch.Tensor | None]] = {
+    "batched": (False, (4, 2, 3), None),
+    "batch_first": (True, (2, 4, 3), None),
+    "packed": (False, (5, 3), torch.tensor([2, 2, 1])),
+}
+
+
+@every_layer
+@pytest.mark.parametrize("case", INPUTS)
+def test_methods_of_sizes_are_torchs(kind: str, case: str) -> None:
+    batch_first, size, batch_sizes = INPUTS[case]
+    plain, fused = twins(kind, 3, 5, 2, batch_first=batch_first, bidirectional=True)
+    x, lstm = torch.randn(size), isinstance(plain, nn.LSTM)
+    names = ["get_expected_hidden_size", *["get_expected_cell_size"] * lstm]
+    sizes = [getattr(plain, name)(x, batch_sizes) for name in names]
+    assert [getattr(fused, name)(x, batch_sizes) for name in names] == sizes
+    assert hasattr(fused, "get_expected_cell_size") == lstm
+    states = tuple(torch.randn(s) for s in sizes)
+    for wrong in range(-1, len(sizes)):
+        bad = tuple(s[:, :1] if i == wrong else s for i, s in enumerate(states))
+        hidden: Any = bad if lstm else bad[0]
+        if wrong < 0:
+            fused.check_forward_args(x, hidden, batch_sizes)
+            continue
+        with pytest.raises(RuntimeError) as expected:
+            plain.check_forward_args(x, hidden, batch_sizes)
+        with pytest.raises(RuntimeError, match=f"^{re.escape(str(expected.value))}$"):
+            fused.check_forward_args(x, hidden, batch_sizes)
+    hidden = states if lstm else states[0]
+    order = torch.tensor([1, 0])
+    torch.testing.assert_close(
+        fused.permute_hidden(hidden, order), plain.permute_hidden(hidden, order), rtol=0, atol=0
+    )
+    assert fused.permute_hidden(hidden, None) is hidden

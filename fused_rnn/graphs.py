@@ -1,0 +1,115 @@
+"""A layer as torch.jit.trace and torch.fx record it, which look for torch.nn's layers.
+
+Both would follow the code into the time loop and fix T and B, or fail there. The one gets
+torch.nn's own function for the layer, the other a single node that calls the module.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import Proxy, Tracer
+from torch.nn.utils.rnn import PackedSequence
+
+if TYPE_CHECKING:
+    from fused_rnn.base import FusedRNNBase
+
+_PLAIN: dict[str, type[nn.RNNBase]] = {
+    "RNN_TANH": nn.RNN,
+    "RNN_RELU": nn.RNN,
+    "GRU": nn.GRU,
+    "LSTM": nn.LSTM,
+}
+_CONFIG = (
+    "mode",
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+    "proj_size",
+    "training",
+    "_flat_weights",
+    "_flat_weights_names",
+    "_all_weights",
+)
+
+
+def recording(input: Any) -> bool:
+    """Whether torch.jit.trace or torch.fx records the call of a layer on ``input``."""
+    return torch.jit.is_tracing() or isinstance(input, Proxy)  # type: ignore[attr-defined]
+
+
+def record(
+    layer: "FusedRNNBase",
+    input: Any,
+    hx: Any,
+    keywords: dict[str, Any],
+    return_cell_sequence: bool,
+) -> tuple[Any, ...]:
+    """``output``, the final states, and c of all steps if it is asked for, as recorded.
+
+    Raises:
+        RuntimeError: torch.jit.trace records a layer that does what torch.nn's cannot.
+        TypeError: torch.fx traces the layer itself, not a model that it is in.
+    """
+    if isinstance(input, Proxy):
+        return _node(layer, input, hx, keywords, return_cell_sequence)
+    used = {
+        "zoneout": layer.zoneout > 0,
+        "recurrent_dropout": layer.recurrent_dropout > 0 and layer.training,
+        "clip_recurrent_grad": bool(layer.clip_recurrent_grad) and torch.is_grad_enabled(),
+        "return_cell_sequence": return_cell_sequence,
+    }
+    used |= {name: value is not None for name, value in keywords.items()}
+    if any(used.values()):
+        names = ", ".join(name for name, there in used.items() if there)
+        raise RuntimeError(f"torch.jit.trace records torch.nn's layer, which has no {names}")
+    cls = _PLAIN[layer.mode]
+    plain = cls.__new__(cls)
+    nn.Module.__init__(plain)
+    plain.__setstate__({name: getattr(layer, name) for name in _CONFIG})
+    if hx is None and layer.learn_h0:
+        hx = _learned(layer, input)
+    elif hx is not None and layer.mode != "LSTM":
+        (hx,) = hx
+    output, final = plain.forward(input, hx)
+    return output, final if layer.mode == "LSTM" else (final,)
+
+
+def _learned(layer: "FusedRNNBase", input: Any) -> Any:
+    """The learned initial states as ``hx``, which follows the batch size of each call."""
+    found = [getattr(layer, name) for name in ("h_0", "c_0")[: len(layer._state_widths)]]
+    packed = isinstance(input, PackedSequence)
+    if packed or input.dim() == 3:
+        B = input.batch_sizes[0] if packed else input.size(0 if layer.batch_first else 1)
+        found = [s[:, None].expand(-1, B, -1) for s in found]
+    return tuple(found) if layer.mode == "LSTM" else found[0]
+
+
+def _node(
+    layer: "FusedRNNBase",
+    input: Proxy,
+    hx: Any,
+    keywords: dict[str, Any],
+    return_cell_sequence: bool,
+) -> tuple[Any, ...]:
+    """The call as a node of torch.fx, as its tracer makes one of torch.nn's layers."""
+    tracer = input.tracer
+    path = tracer.path_of_module(layer) if isinstance(tracer, Tracer) else ""
+    if not path:
+        raise TypeError(
+            "torch.fx can trace a model that calls a fused layer, not the layer itself: "
+            "it is one node"
+        )
+    lstm = layer.mode == "LSTM"
+    keywords = {name: value for name, value in keywords.items() if value is not None}
+    if hx is not None:
+        keywords["hx"] = hx if lstm else hx[0]
+    if return_cell_sequence:
+        keywords["return_cell_sequence"] = True
+    node: Any = tracer.create_proxy("call_module", path, (input,), keywords)
+    final = (node[1][0], node[1][1]) if lstm else (node[1],)
+    return (node[0], final, node[2]) if return_cell_sequence else (node[0], final)

@@ -23,8 +23,8 @@ class LayerFunction(torch.autograd.Function):
         outputs, saved = engine.forward(layer, inputs, save=True)
         ctx.engine, ctx.layer, ctx.count = engine, layer, len(inputs)
         ctx.set_materialize_grads(False)
-        # Not c_seq: an engine that needs it has saved its own, so the caller may overwrite this.
-        ctx.save_for_backward(*inputs, *outputs[:3], *saved)
+        # Of the outputs only the first: the caller may overwrite the others.
+        ctx.save_for_backward(*inputs, outputs.out, *saved)
         return outputs
 
     @staticmethod
@@ -47,8 +47,7 @@ class LayerFunction(torch.autograd.Function):
             if torch.is_grad_enabled() or forward_mode():
                 found = _differentiable(layer, inputs, grads, needs)
             else:
-                outputs, saved = Outputs(*rest[:3]), rest[3:]
-                found = engine.backward(layer, inputs, outputs, saved, grads, needs)
+                found = engine.backward(layer, inputs, rest[0], rest[1:], grads, needs)
         return None, None, *found
 
 

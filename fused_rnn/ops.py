@@ -234,7 +234,8 @@ def layer_backward_op(
         grads: gradients of those of the outputs that ``given`` marks; the others are zero.
         given: which outputs have a gradient.
         tensors: of :func:`layer_op`.
-        results: of :func:`layer_op`; without what ``save`` adds, forward runs a second time.
+        results: the first of :func:`layer_op`'s, and what ``save`` adds; without that, forward runs
+            a second time.
         needs: which of ``tensors`` want a gradient.
         batch_sizes: of :func:`layer_op`.
         cell: of :func:`layer_op`.
@@ -252,20 +253,15 @@ def layer_backward_op(
     options = (cell, directions, recompute, backend, masks, zoneout, clip, cells)
     call = _Call.of(tensors, batch_sizes, *options)
     layer, inputs, engine = call.layer, call.inputs, call.engine
-    states = 2 if layer.cell.has_c else 1
-    rest = results[1 + states + cells :]
-    outputs = Outputs(
-        results[0].flatten(0, -2),
-        results[1],
-        results[2] if states == 2 else None,
-        results[3].flatten(0, -2) if cells else None,
-    )
+    out, *rest = results
+    out = out.flatten(0, -2)
     specs = engine.saved_specs(layer, inputs)
     if specs is not None and len(rest) == sum(s is not None for s in specs):
         left = iter(rest)
         saved = tuple(None if s is None else next(left) for s in specs)
     else:
         outputs, saved = engine.forward(layer, inputs, save=True)
+        out = outputs.out
     left = iter(grads)
     all_grads = [next(left) if g else None for g in given]
     dout, dh_n, dc_n, dc_seq = (*all_grads, None, None)[:4]
@@ -273,7 +269,7 @@ def layer_backward_op(
     found = engine.backward(
         layer,
         inputs,
-        outputs,
+        out,
         saved,
         (_flat(dout), dh_n, dc_n, _flat(dc_seq)),
         tuple(t is not None and next(wanted) for t in inputs),
@@ -321,7 +317,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     cell, cells = options[0], options[-1]
     ctx.outputs = 2 + BY_NAME[cell].has_c + cells
     ctx.count, ctx.options = len(tensors), options
-    ctx.save_for_backward(batch_sizes, *tensors, *output)
+    # Of the outputs only the first: the caller may overwrite the others.
+    ctx.save_for_backward(batch_sizes, *tensors, output[0], *output[ctx.outputs :])
     ctx.mark_non_differentiable(*output[ctx.outputs :])
     ctx.set_materialize_grads(False)
 

@@ -110,7 +110,7 @@ class _Gradients(torch.autograd.Function):
         engine = dispatch.choose_for(layer, inputs, backend).engine
         assert engine is not None
         outputs, saved = engine.forward(layer, inputs, save=True)
-        found = engine.backward(layer, inputs, outputs, saved, grads, needs)  # type: ignore[arg-type]
+        found = engine.backward(layer, inputs, outputs.out, saved, grads, needs)  # type: ignore[arg-type]
         return _distinct(found)
 
     @staticmethod

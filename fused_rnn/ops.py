@@ -5,7 +5,7 @@ operators, whose shapes follow from those of their inputs; which engine runs is 
 run. Untraced calls do not take them: next to a small layer an operator's own time would show.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,17 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import dispatch, eager, step, transforms
 from fused_rnn.cells import BY_NAME
 from fused_rnn.dispatch import Backend
-from fused_rnn.problem import Engine, Extras, Layer, Masks, Outputs, Saved, Weights
+from fused_rnn.problem import (
+    Engine,
+    Extras,
+    Grads,
+    Layer,
+    Masks,
+    OutputGrads,
+    Outputs,
+    Saved,
+    Weights,
+)
 from fused_rnn.rows import Rows
 from fused_rnn.tracing import exporting
 
@@ -262,31 +272,39 @@ def layer_backward_op(
     else:
         outputs, saved = engine.forward(layer, inputs, save=True)
         out = outputs.out
-    left = iter(grads)
-    all_grads = [next(left) if g else None for g in given]
-    dout, dh_n, dc_n, dc_seq = (*all_grads, None, None)[:4]
-    wanted = iter(needs)
-    found = engine.backward(
-        layer,
-        inputs,
-        out,
-        saved,
-        (_flat(dout), dh_n, dc_n, _flat(dc_seq)),
-        tuple(t is not None and next(wanted) for t in inputs),
-    )
-    present = [g for g, t in zip(found, inputs, strict=True) if t is not None]
+    all_grads, marks = _by_place(inputs, grads, given, needs)
+    found = engine.backward(layer, inputs, out, saved, all_grads, marks)
     # The two biases of a direction may share one gradient; an operator's results may not.
     result: list[Tensor] = []
-    for grad, tensor, need in zip(present, tensors, needs, strict=True):
-        if need:
-            grad = torch.zeros_like(tensor) if grad is None else grad.view(tensor.shape)
-            seen = any(grad.data_ptr() == other.data_ptr() for other in result)
-            result.append(grad.clone() if seen else grad.contiguous())
+    for grad in _as_needed(found, inputs, tensors, needs):
+        seen = any(grad.data_ptr() == other.data_ptr() for other in result)
+        result.append(grad.clone() if seen else grad.contiguous())
     return result
 
 
+def _by_place(
+    inputs: Saved, grads: Sequence[Tensor], given: Sequence[bool], needs: Sequence[bool]
+) -> tuple[OutputGrads, tuple[bool, ...]]:
+    """The gradients of all outputs, and which of ``inputs`` want one."""
+    left, wanted = iter(grads), iter(needs)
+    all_grads = [next(left) if g else None for g in given]
+    dout, dh_n, dc_n, dc_seq = (*all_grads, None, None)[:4]
+    marks = tuple(t is not None and next(wanted) for t in inputs)
+    return (_flat(dout), dh_n, dc_n, _flat(dc_seq)), marks
+
+
+def _as_needed(
+    found: Grads, inputs: Saved, tensors: Sequence[Tensor], needs: Sequence[bool]
+) -> Iterator[Tensor]:
+    """Those of the gradients of ``inputs`` that ``needs`` marks, in the shapes of ``tensors``."""
+    present = [g for g, t in zip(found, inputs, strict=True) if t is not None]
+    for grad, tensor, need in zip(present, tensors, needs, strict=True):
+        if need:
+            yield torch.zeros_like(tensor) if grad is None else grad.reshape(tensor.shape)
+
+
 def _flat(grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else grad.flatten(0, -2)
+    return None if grad is None else grad.reshape(-1, grad.shape[-1])
 
 
 @layer_backward_op.register_fake
@@ -307,6 +325,34 @@ def _layer_backward_fake(
     cells: bool,
 ) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
+
+
+_LIBRARY = torch.library.Library("fused_rnn", "FRAGMENT")
+
+
+@torch.library.impl(_LIBRARY, "layer_backward", "Batched")
+def _layer_backward_of_many(
+    grads: list[Tensor],
+    given: list[bool],
+    tensors: list[Tensor],
+    results: list[Tensor],
+    needs: list[bool],
+    batch_sizes: Tensor | None,
+    cell: str,
+    directions: int,
+    recompute: bool,
+    backend: str,
+    masks: list[bool],
+    zoneout: float,
+    clip: float | None,
+    cells: bool,
+) -> list[Tensor]:
+    """The same where many gradients are asked for at once, see :func:`autograd.vectorised`."""
+    options = (cell, directions, recompute, backend, masks, zoneout, clip, cells)
+    call = _Call.of(tensors, batch_sizes, *options)
+    all_grads, marks = _by_place(call.inputs, grads, given, needs)
+    found = transforms.vjp(call.layer, call.inputs, all_grads, marks)
+    return list(_as_needed(found, call.inputs, tensors, needs))
 
 
 # ---- autograd -----------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ class FusedRNNBase(nn.Module):
                 "Input and parameter tensors are not at the same device, found input tensor at "
                 f"{input.device} and parameter tensor at {like.device}"
             )
-        if input.size(0) == 0 or (dims == 3 and input.size(1 if self.batch_first else 0) == 0):
+        if input.size(1 if dims == 3 and self.batch_first else 0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
     def check_hidden_size(

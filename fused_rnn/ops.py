@@ -136,6 +136,11 @@ def _rows(tensor: Tensor | None, batch_sizes: Tensor | None) -> Tensor | None:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _is_empty(tensors: Sequence[Tensor]) -> bool:
+    """Whether there is no sequence in the batch of :func:`layer_op`."""
+    return tensors[1].shape[1] == 0
+
+
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
@@ -179,6 +184,9 @@ def layer_op(
         ``cells`` c of all steps as out, with ``save`` :meth:`fused_rnn.problem.Engine.saved_specs`
     """
     options = (cell, directions, recompute, backend, masks, zoneout, clip, cells)
+    if _is_empty(tensors):  # so are all results
+        results: list[Tensor] = _layer_fake(tensors, batch_sizes, *options, save)
+        return results
     call = _Call.of(tensors, batch_sizes, *options, record=save)
     saved: Saved = ()
     if call.step:
@@ -261,6 +269,8 @@ def layer_backward_op(
         the gradients of those that ``needs`` marks
     """
     options = (cell, directions, recompute, backend, masks, zoneout, clip, cells)
+    if _is_empty(tensors):
+        return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
     call = _Call.of(tensors, batch_sizes, *options)
     layer, inputs, engine = call.layer, call.inputs, call.engine
     out, *rest = results

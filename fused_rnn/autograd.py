@@ -24,8 +24,8 @@ class LayerFunction(torch.autograd.Function):
         outputs, saved = counted(engine).forward(layer, inputs, save=True)
         ctx.engine, ctx.layer, ctx.count = engine, layer, len(inputs)
         ctx.set_materialize_grads(False)
-        # Not c_seq: an engine that needs it has saved its own, so the caller may overwrite this.
-        ctx.save_for_backward(*inputs, *outputs[:3], *saved)
+        # Of the outputs only the first: the caller may overwrite the others.
+        ctx.save_for_backward(*inputs, outputs.out, *saved)
         return outputs
 
     @staticmethod
@@ -45,18 +45,21 @@ class LayerFunction(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         with without_autocast(inputs[0].device):  # in which backward may have been called
-            if torch.is_grad_enabled() or forward_mode():
-                found = _differentiable(layer, inputs, grads, needs)
+            if torch.is_grad_enabled() or forward_mode() or vectorised():
+                found = differentiable(layer, inputs, grads, needs)
             else:
-                outputs, saved = Outputs(*rest[:3]), rest[3:]
-                found = counted(engine).backward(layer, inputs, outputs, saved, grads, needs)
+                out, saved = rest[0], rest[1:]
+                found = counted(engine).backward(layer, inputs, out, saved, grads, needs)
         return None, None, *found
 
 
-def _differentiable(
+def differentiable(
     layer: Layer, inputs: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> Grads:
-    """The same gradients through the eager loop, so that they can be differentiated again."""
+    """The gradients of :meth:`fused_rnn.problem.Engine.backward`, by autograd of the eager loop.
+
+    So they can be differentiated again, and ``grads`` may be what no engine can look into.
+    """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # An own node for each input: one tensor may stand in two places (tied weights), and the
@@ -75,6 +78,17 @@ def _differentiable(
         )
     )
     return tuple(next(found) if need else None for need in needs)
+
+
+_MANY: Any = torch._C._parse_dispatch_key("VmapMode")  # by name it takes longer
+
+
+def vectorised() -> bool:
+    """Whether many gradients are asked for at once, by ``is_grads_batched=True`` and its users.
+
+    What stands for them has no memory to look at. (vmap of torch.func is another one.)
+    """
+    return torch._C._dispatch_tls_is_dispatch_key_included(_MANY)
 
 
 def forward_mode() -> bool:

@@ -13,10 +13,13 @@ from fused_rnn.cells import Cell
 from fused_rnn.checks import (
     check_arguments,
     check_extras,
+    check_kind,
     check_lengths,
     check_reset,
+    check_states,
     lengths_of,
     packed_reset,
+    packed_rows,
 )
 from fused_rnn.dispatch import Backend, check_backend
 from fused_rnn.functional import rnn_layer
@@ -264,8 +267,20 @@ class FusedRNNBase(nn.Module):
                 "Input and parameter tensors are not at the same device, found input tensor at "
                 f"{input.device} and parameter tensor at {like.device}"
             )
-        if input.size(0) == 0 or (dims == 3 and input.size(1 if self.batch_first else 0) == 0):
+        if input.size(1 if dims == 3 and self.batch_first else 0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def _check_parameters(self, input: Tensor, weights: list[list[Weights]]) -> None:
+        """Raise RuntimeError unless the parameters are of one kind; ``input`` tells of autocast."""
+        like = weights[0][0].w_ih
+        dtype, device = like.dtype, like.device
+        for names, layer in zip(self._layout, weights, strict=True):
+            for entries, tensors in zip(names, layer, strict=True):
+                for entry, tensor in zip(entries, tensors, strict=True):
+                    if entry is None or tensor is None:
+                        continue
+                    if tensor.dtype != dtype or tensor.device != device:
+                        check_kind(entry[0], tensor, like, autocast_dtype(input) is not None)
 
     def check_hidden_size(
         self,
@@ -353,21 +368,27 @@ class FusedRNNBase(nn.Module):
         if graphs.recording(input):
             keywords = {"lengths": lengths, "reset": reset, "mask": mask}
             return graphs.record(self, input, hx, keywords, return_cell_sequence)
+        if not isinstance(input, (Tensor, PackedSequence)):
+            kind = type(input).__name__
+            raise TypeError(f"input should be a tensor or a PackedSequence, got {kind}")
+        if hx is not None:
+            check_states(hx, self._cell.has_c)
         weights = self._weights()
         w_ih = weights[0][0].w_ih
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             self.check_input(data, batch_sizes, w_ih)
+            self._check_parameters(data, weights)
             again = None if reset is None else packed_reset(input, reset)
             if lengths is not None or mask is not None:
                 raise ValueError("lengths are for padded input; a PackedSequence has its own")
             traced = ops.tracing()
-            rows = TracedRows.packed(input, hx) if traced else Rows.packed(batch_sizes)
+            rows = TracedRows.packed(input, hx) if traced else packed_rows(input)
             if hx is not None:
                 self._check_states(data, hx, rows.B)
                 if sorted_indices is not None:
                     hx = tuple(s.index_select(1, sorted_indices) for s in hx)
-            learned = self._learned(hx, again) if self.learn_h0 else None
+            learned = self._learned(hx, again, w_ih) if self.learn_h0 else None
             states = self._initial(data, rows.B, learned) if hx is None else hx
             from_zero = hx is None and learned is None
             found, states = self._stack(
@@ -392,6 +413,7 @@ class FusedRNNBase(nn.Module):
             input = input.unsqueeze(batch_dim)
             hx = None if hx is None else tuple(s.unsqueeze(1) for s in hx)
         self.check_input(input, None, w_ih)
+        self._check_parameters(input, weights)
         x = input.transpose(0, 1) if self.batch_first else input
         T, B, _ = x.shape
         if mask is not None:
@@ -403,7 +425,7 @@ class FusedRNNBase(nn.Module):
         again = None if reset is None else self._padded_reset(reset, x, batched)
         if hx is not None:
             self._check_states(x, hx, B)
-        learned = self._learned(hx, again) if self.learn_h0 else None
+        learned = self._learned(hx, again, w_ih) if self.learn_h0 else None
         states = self._initial(x, B, learned) if hx is None else hx
         traced = ops.tracing()
         if not traced and again is not None:
@@ -448,13 +470,17 @@ class FusedRNNBase(nn.Module):
             return x.new_zeros(2, count, B, widths[0]).unbind()
         return tuple([x.new_zeros(count, B, width) for width in widths])
 
-    def _learned(self, hx: States | None, reset: Tensor | None) -> States | None:
+    def _learned(self, hx: States | None, reset: Tensor | None, like: Tensor) -> States | None:
         """The learned initial states [L*D, .] if this call needs any; read once, as weights are."""
         if hx is not None and reset is None:
             return None
         rows = self.num_layers * self._directions
         names = zip(("h_0", "c_0"), self._state_widths, strict=False)
-        return tuple([self._read(name, (rows, width)) for name, width in names])
+        found = []
+        for name, width in names:
+            found.append(self._read(name, (rows, width)))
+            check_kind(name, found[-1], like, autocast_dtype(like) is not None)
+        return tuple(found)
 
     def _stack(
         self,

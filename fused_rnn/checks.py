@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import ops, transforms
+from fused_rnn.rows import Rows
 
 
 def check_extras(
@@ -29,6 +30,65 @@ def check_extras(
             raise TypeError(f"clip_recurrent_grad should be a number or None, got: {kind}")
         if not clip > 0:
             raise ValueError(f"clip_recurrent_grad should be greater than zero, got {clip}")
+
+
+def check_states(hx: Any, pair: bool) -> None:
+    """Raise unless ``hx`` is a tensor for each state: h, and c of a cell that has a ``pair``.
+
+    A single state comes as a tuple of itself.
+
+    Raises:
+        RuntimeError: torch.nn's, for another number of states.
+        TypeError: they are no tensors.
+    """
+    if pair and not isinstance(hx, (tuple, list)):
+        raise TypeError(f"hx should be a tuple (h_0, c_0) of tensors, got {type(hx).__name__}")
+    if pair and len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    if not all([isinstance(s, Tensor) for s in hx]):
+        kinds = [type(s).__name__ for s in hx]
+        if pair:
+            raise TypeError(f"hx should be a tuple (h_0, c_0) of tensors, got {kinds}")
+        raise TypeError(f"hx should be a tensor, got {kinds[0]}")
+
+
+def check_kind(name: str, tensor: Tensor, like: Tensor, autocast: bool) -> None:
+    """Raise unless the parameter ``name`` has the dtype and device of weight_ih_l0, ``like``.
+
+    Under autocast types may differ, but fp64, which it leaves alone.
+    """
+    dtypes = tensor.dtype, like.dtype
+    if dtypes[0] != dtypes[1] and not (autocast and torch.float64 not in dtypes):
+        raise RuntimeError(
+            f"The parameters should have one dtype, but {name} has {dtypes[0]} and weight_ih_l0 "
+            f"{dtypes[1]}"
+        )
+    if tensor.device != like.device:
+        raise RuntimeError(
+            f"The parameters should be on one device, but {name} is on {tensor.device} and "
+            f"weight_ih_l0 on {like.device}"
+        )
+
+
+def packed_rows(input: PackedSequence) -> Rows:
+    """Where the rows of ``input`` lie.
+
+    Raises:
+        RuntimeError: its parts contradict each other.
+    """
+    rows, N = Rows.packed(input.batch_sizes), input.data.size(0)
+    if rows.N != N:
+        raise RuntimeError(f"batch_sizes stand for {rows.N} rows, but the data has {N}")
+    for name, indices in (
+        ("sorted_indices", input.sorted_indices),
+        ("unsorted_indices", input.unsorted_indices),
+    ):
+        if indices is not None and indices.shape != (rows.B,):
+            raise RuntimeError(
+                f"{name} should be of size {(rows.B,)}, as batch_sizes begin, "
+                f"got {tuple(indices.shape)}"
+            )
+    return rows
 
 
 def check_lengths(lengths: Tensor, x: Tensor, batched: bool) -> None:

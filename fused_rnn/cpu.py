@@ -64,14 +64,14 @@ def saved_specs(layer: Layer, inputs: Saved) -> Specs:
 def backward(
     layer: Layer,
     inputs: Saved,
-    outputs: Outputs,
+    out: Tensor,
     saved: Saved,
     grads: OutputGrads,
     needs: tuple[bool, ...],
 ) -> Grads:
     """See :class:`fused_rnn.problem.Engine`."""
     dtype, (x, h0, c0, *flat) = _cast(inputs)
-    out = outputs.out.to(x.dtype)
+    out = out.to(x.dtype)
     dout, dh_n, dc_n = (None if g is None else g.to(x.dtype) for g in grads[:3])
     R, per_direction = h0.shape[-1], len(saved) // layer.directions
     dx = torch.empty_like(x) if needs[0] else None

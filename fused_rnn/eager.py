@@ -1,6 +1,7 @@
 """The eager loop as an engine, for callers who cannot leave differentiation to autograd."""
 
 import torch
+from torch import Tensor
 
 from fused_rnn import reference, transforms
 from fused_rnn.problem import Grads, Layer, OutputGrads, Outputs, Saved, Specs
@@ -20,7 +21,7 @@ def saved_specs(layer: Layer, inputs: Saved) -> Specs:
 def backward(
     layer: Layer,
     inputs: Saved,
-    outputs: Outputs,
+    out: Tensor,
     saved: Saved,
     grads: OutputGrads,
     needs: tuple[bool, ...],

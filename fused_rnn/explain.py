@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import ops, triton_backend
 from fused_rnn.base import FusedRNNBase
+from fused_rnn.checks import packed_rows
 from fused_rnn.dispatch import choose
 from fused_rnn.precision import autocast_dtype, rnn_precision
 from fused_rnn.problem import Extras, Layer
@@ -52,7 +53,7 @@ def problem_of(
         raise TypeError(f"a fused layer is needed, got {type(layer).__name__}")
     if isinstance(x, PackedSequence):
         layer.check_input(x.data, x.batch_sizes)
-        rows, data = Rows.packed(x.batch_sizes), x.data
+        rows, data = packed_rows(x), x.data
     else:
         batch_dim = 0 if layer.batch_first else 1
         data = x.unsqueeze(batch_dim) if x.dim() == 2 else x

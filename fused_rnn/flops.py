@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,7 +82,7 @@ class _Counted:
         self,
         layer: Layer,
         inputs: Saved,
-        outputs: Outputs,
+        out: Tensor,
         saved: Saved,
         grads: OutputGrads,
         needs: tuple[bool, ...],
@@ -90,7 +91,7 @@ class _Counted:
         wanted = [needs[0], *needs[3 : 3 + len(weights)]]
         flops = backward(layer.rows.N, h0, weights, wanted, needs[1])
         with self._as(torch.ops.fused_rnn.layer_backward, flops):
-            return self.engine.backward(layer, inputs, outputs, saved, grads, needs)
+            return self.engine.backward(layer, inputs, out, saved, grads, needs)
 
     @contextmanager
     def _as(self, operator: Any, flops: int) -> Iterator[None]:

@@ -125,15 +125,23 @@ def _run(
 
 
 def _nothing(rows: Rows, directions: int, more: Extras | None, inputs: Saved) -> Outputs:
-    """An empty batch: no rows; all gradients are zero."""
-    x, h0, c0, *rest = inputs
+    """An empty batch: no rows; the gradients of all that is differentiable are zeros, not None."""
+    x, h0, c0, *_ = inputs
     assert x is not None
     assert h0 is not None
-    zero = torch.stack([p.sum() * 0 for p in rest if p is not None and p.is_floating_point()]).sum()
-    out = x.new_zeros(rows.N, directions * h0.shape[-1]) + zero
+    zero = torch.stack([t.sum() * 0 for t in inputs if t is not None and t.is_floating_point()])
+    zero = zero.sum()
+
+    def rows_of(state: Tensor) -> Tensor:
+        return x.new_zeros(rows.N, directions * state.shape[-1]) + zero
+
     cells = more is not None and more.cells and c0 is not None
-    c_seq = x.new_zeros(rows.N, directions * c0.shape[-1]) if cells and c0 is not None else None
-    return Outputs(out, h0.clone(), None if c0 is None else c0.clone(), c_seq)
+    return Outputs(
+        rows_of(h0),
+        h0 + zero,
+        None if c0 is None else c0 + zero,
+        rows_of(c0) if cells and c0 is not None else None,
+    )
 
 
 def _by_stretches(layer: Layer, inputs: Saved, backend: Backend) -> Outputs | None:

@@ -77,8 +77,10 @@ def _forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
         )
         per_direction.append((out, h_n, c_n))
         if save:
-            # The op's own backward wants its own output tensor back; one direction has it as `out`.
-            saved += [workspace, *([out] if layer.directions > 1 else [None])]
+            # The op's own backward wants its own outputs back. One direction has the first one as
+            # `out`, and its c_n is the caller's, who may overwrite it; h_n is a step of the first.
+            one = layer.directions == 1
+            saved += [workspace, None if one else out, c_n.clone() if one else c_n]
     outs, h_ns, c_ns = zip(*per_direction, strict=True)
     if layer.directions == 1:
         return Outputs(outs[0].view(rows.N, -1), h_ns[0], c_ns[0]), tuple(saved)
@@ -89,7 +91,7 @@ def _forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
 def backward(
     layer: Layer,
     inputs: Saved,
-    outputs: Outputs,
+    out: Tensor,
     saved: Saved,
     grads: OutputGrads,
     needs: tuple[bool, ...],
@@ -100,27 +102,28 @@ def backward(
     assert x is not None
     assert h0 is not None
     assert c0 is not None
-    assert outputs.c_n is not None
     rows, H = layer.rows, h0.shape[-1]
+    steps = x.view(rows.T, rows.B, -1)
     dx: Tensor | None = None
     dh0, dc0 = [], []
     dflat: list[Tensor | None] = []
     for d, w in enumerate(layer.unflatten(flat)):
-        workspace, out = saved[2 * d : 2 * d + 2]
+        workspace, own, c_n = saved[3 * d : 3 * d + 3]
+        states = out.view(rows.T, rows.B, H) if own is None else own
         bias = (w.b_ih, w.b_hh) if w.b_ih is not None else (_no_bias(w.w_hh), _no_bias(w.w_hh))
         step_grad = None
         if dout is not None:
             step_grad = dout[:, d * H : (d + 1) * H].reshape(rows.T, rows.B, H)
         dx_d, dw_ih, dw_hh, db_ih, db_hh, dh, dc = torch.ops.aten.mkldnn_rnn_layer_backward(
-            x.view(rows.T, rows.B, -1),
+            steps,
             w.w_ih,
             w.w_hh,
             *bias,
             h0[d : d + 1],
             c0[d : d + 1],
-            outputs.out.view(rows.T, rows.B, -1) if out is None else out,
-            outputs.h_n[d : d + 1],
-            outputs.c_n[d : d + 1],
+            states,
+            states[:1] if d == 1 else states[rows.T - 1 :],
+            c_n,
             step_grad,
             None if dh_n is None else dh_n[d : d + 1].contiguous(),
             None if dc_n is None else dc_n[d : d + 1].contiguous(),

@@ -5,7 +5,7 @@ operators, whose shapes follow from those of their inputs; which engine runs is 
 run. Untraced calls do not take them: next to a small layer an operator's own time would show.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +18,17 @@ from torch.utils.flop_counter import register_flop_formula
 from fused_rnn import dispatch, eager, flops, step, transforms
 from fused_rnn.cells import BY_NAME
 from fused_rnn.dispatch import Backend
-from fused_rnn.problem import Engine, Extras, Layer, Masks, Outputs, Saved, Weights
+from fused_rnn.problem import (
+    Engine,
+    Extras,
+    Grads,
+    Layer,
+    Masks,
+    OutputGrads,
+    Outputs,
+    Saved,
+    Weights,
+)
 from fused_rnn.rows import Rows
 from fused_rnn.tracing import exporting
 
@@ -128,6 +138,11 @@ def _rows(tensor: Tensor | None, batch_sizes: Tensor | None) -> Tensor | None:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _is_empty(tensors: Sequence[Tensor]) -> bool:
+    """Whether there is no sequence in the batch of :func:`layer_op`."""
+    return tensors[1].shape[1] == 0
+
+
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
@@ -171,6 +186,9 @@ def layer_op(
         ``cells`` c of all steps as out, with ``save`` :meth:`fused_rnn.problem.Engine.saved_specs`
     """
     options = (cell, directions, recompute, backend, masks, zoneout, clip, cells)
+    if _is_empty(tensors):  # so are all results
+        results: list[Tensor] = _layer_fake(tensors, batch_sizes, *options, save)
+        return results
     call = _Call.of(tensors, batch_sizes, *options, record=save)
     saved: Saved = ()
     if call.step:
@@ -236,7 +254,8 @@ def layer_backward_op(
         grads: gradients of those of the outputs that ``given`` marks; the others are zero.
         given: which outputs have a gradient.
         tensors: of :func:`layer_op`.
-        results: of :func:`layer_op`; without what ``save`` adds, forward runs a second time.
+        results: the first of :func:`layer_op`'s, and what ``save`` adds; without that, forward runs
+            a second time.
         needs: which of ``tensors`` want a gradient.
         batch_sizes: of :func:`layer_op`.
         cell: of :func:`layer_op`.
@@ -252,47 +271,52 @@ def layer_backward_op(
         the gradients of those that ``needs`` marks
     """
     options = (cell, directions, recompute, backend, masks, zoneout, clip, cells)
+    if _is_empty(tensors):
+        return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
     call = _Call.of(tensors, batch_sizes, *options)
     layer, inputs, engine = call.layer, call.inputs, call.engine
-    states = 2 if layer.cell.has_c else 1
-    rest = results[1 + states + cells :]
-    outputs = Outputs(
-        results[0].flatten(0, -2),
-        results[1],
-        results[2] if states == 2 else None,
-        results[3].flatten(0, -2) if cells else None,
-    )
+    out, *rest = results
+    out = out.flatten(0, -2)
     specs = engine.saved_specs(layer, inputs)
     if specs is not None and len(rest) == sum(s is not None for s in specs):
         left = iter(rest)
         saved = tuple(None if s is None else next(left) for s in specs)
     else:
         outputs, saved = engine.forward(layer, inputs, save=True)
-    left = iter(grads)
-    all_grads = [next(left) if g else None for g in given]
-    dout, dh_n, dc_n, dc_seq = (*all_grads, None, None)[:4]
-    wanted = iter(needs)
-    found = engine.backward(
-        layer,
-        inputs,
-        outputs,
-        saved,
-        (_flat(dout), dh_n, dc_n, _flat(dc_seq)),
-        tuple(t is not None and next(wanted) for t in inputs),
-    )
-    present = [g for g, t in zip(found, inputs, strict=True) if t is not None]
+        out = outputs.out
+    all_grads, marks = _by_place(inputs, grads, given, needs)
+    found = engine.backward(layer, inputs, out, saved, all_grads, marks)
     # The two biases of a direction may share one gradient; an operator's results may not.
     result: list[Tensor] = []
-    for grad, tensor, need in zip(present, tensors, needs, strict=True):
-        if need:
-            grad = torch.zeros_like(tensor) if grad is None else grad.view(tensor.shape)
-            seen = any(grad.data_ptr() == other.data_ptr() for other in result)
-            result.append(grad.clone() if seen else grad.contiguous())
+    for grad in _as_needed(found, inputs, tensors, needs):
+        seen = any(grad.data_ptr() == other.data_ptr() for other in result)
+        result.append(grad.clone() if seen else grad.contiguous())
     return result
 
 
+def _by_place(
+    inputs: Saved, grads: Sequence[Tensor], given: Sequence[bool], needs: Sequence[bool]
+) -> tuple[OutputGrads, tuple[bool, ...]]:
+    """The gradients of all outputs, and which of ``inputs`` want one."""
+    left, wanted = iter(grads), iter(needs)
+    all_grads = [next(left) if g else None for g in given]
+    dout, dh_n, dc_n, dc_seq = (*all_grads, None, None)[:4]
+    marks = tuple(t is not None and next(wanted) for t in inputs)
+    return (_flat(dout), dh_n, dc_n, _flat(dc_seq)), marks
+
+
+def _as_needed(
+    found: Grads, inputs: Saved, tensors: Sequence[Tensor], needs: Sequence[bool]
+) -> Iterator[Tensor]:
+    """Those of the gradients of ``inputs`` that ``needs`` marks, in the shapes of ``tensors``."""
+    present = [g for g, t in zip(found, inputs, strict=True) if t is not None]
+    for grad, tensor, need in zip(present, tensors, needs, strict=True):
+        if need:
+            yield torch.zeros_like(tensor) if grad is None else grad.reshape(tensor.shape)
+
+
 def _flat(grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else grad.flatten(0, -2)
+    return None if grad is None else grad.reshape(-1, grad.shape[-1])
 
 
 @layer_backward_op.register_fake
@@ -315,6 +339,34 @@ def _layer_backward_fake(
     return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
 
 
+_LIBRARY = torch.library.Library("fused_rnn", "FRAGMENT")
+
+
+@torch.library.impl(_LIBRARY, "layer_backward", "Batched")
+def _layer_backward_of_many(
+    grads: list[Tensor],
+    given: list[bool],
+    tensors: list[Tensor],
+    results: list[Tensor],
+    needs: list[bool],
+    batch_sizes: Tensor | None,
+    cell: str,
+    directions: int,
+    recompute: bool,
+    backend: str,
+    masks: list[bool],
+    zoneout: float,
+    clip: float | None,
+    cells: bool,
+) -> list[Tensor]:
+    """The same where many gradients are asked for at once, see :func:`autograd.vectorised`."""
+    options = (cell, directions, recompute, backend, masks, zoneout, clip, cells)
+    call = _Call.of(tensors, batch_sizes, *options)
+    all_grads, marks = _by_place(call.inputs, grads, given, needs)
+    found = transforms.vjp(call.layer, call.inputs, all_grads, marks)
+    return list(_as_needed(found, call.inputs, tensors, needs))
+
+
 # ---- autograd -----------------------------------------------------------------------------------
 
 
@@ -323,7 +375,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     cell, cells = options[0], options[-1]
     ctx.outputs = 2 + BY_NAME[cell].has_c + cells
     ctx.count, ctx.options = len(tensors), options
-    ctx.save_for_backward(batch_sizes, *tensors, *output)
+    # Of the outputs only the first: the caller may overwrite the others.
+    ctx.save_for_backward(batch_sizes, *tensors, output[0], *output[ctx.outputs :])
     ctx.mark_non_differentiable(*output[ctx.outputs :])
     ctx.set_materialize_grads(False)
 

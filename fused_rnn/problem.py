@@ -115,7 +115,11 @@ class Engine(Protocol):
     """
 
     def forward(self, layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
-        """Run the layer; with ``save`` also return what backward needs beside in- and outputs."""
+        """Run the layer; with ``save`` also return what backward needs beside inputs and ``out``.
+
+        The other outputs are the caller's, who may overwrite them: what backward needs of them is
+        saved as a copy.
+        """
         ...
 
     def saved_specs(self, layer: Layer, inputs: Saved) -> Specs | None:
@@ -130,13 +134,14 @@ class Engine(Protocol):
         self,
         layer: Layer,
         inputs: Saved,
-        outputs: Outputs,
+        out: Tensor,
         saved: Saved,
         grads: OutputGrads,
         needs: tuple[bool, ...],
     ) -> Grads:
         """Gradients of the inputs that ``needs`` marks (None for the others).
 
-        ``grads`` belongs to the outputs, None standing for zero. Nothing passed in is modified.
+        ``out`` is that of :class:`Outputs`; ``grads`` belongs to the outputs, None standing for
+        zero. Nothing passed in is modified.
         """
         ...

@@ -44,8 +44,21 @@ class Rows:
 
     @classmethod
     def packed(cls, batch_sizes: Tensor) -> "Rows":
-        """The rows of a PackedSequence, from its ``batch_sizes`` (int64 [T], on the CPU)."""
-        sizes = tuple(batch_sizes.tolist())
+        """The rows of a PackedSequence, from its ``batch_sizes`` (int64 [T], on the CPU).
+
+        Raises:
+            RuntimeError: they are not of this kind, not positive, or increase.
+        """
+        wide = batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1
+        if not wide or batch_sizes.device.type != "cpu":
+            raise RuntimeError(
+                "batch_sizes should be a 1-D int64 tensor on the CPU, got "
+                f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+            )
+        values = batch_sizes.tolist()
+        if not values or values[-1] < 1 or values != sorted(values, reverse=True):
+            raise RuntimeError(f"batch_sizes should be positive and never increase, got {values}")
+        sizes = tuple(values)
         if sizes[0] == sizes[-1]:
             return cls(len(sizes), sizes[0])
         return cls(len(sizes), sizes[0], sizes)

@@ -112,7 +112,7 @@ class _Gradients(torch.autograd.Function):
         assert engine is not None
         engine = counted(engine)
         outputs, saved = engine.forward(layer, inputs, save=True)
-        found = engine.backward(layer, inputs, outputs, saved, grads, needs)  # type: ignore[arg-type]
+        found = engine.backward(layer, inputs, outputs.out, saved, grads, needs)  # type: ignore[arg-type]
         return _distinct(found)
 
     @staticmethod

@@ -89,7 +89,7 @@ class TritonEngine:
         self,
         layer: Layer,
         inputs: Saved,
-        outputs: Outputs,
+        out: Tensor,
         saved: Saved,
         grads: OutputGrads,
         needs: tuple[bool, ...],
@@ -100,7 +100,7 @@ class TritonEngine:
         gates, c_seq, fed = saved
         with _device_and_precision(x, self.precision):
             if gates is None and _saves_gates(layer):
-                gates = rebuild_gates(layer, x, h0, outputs.out, fed, weights)
+                gates = rebuild_gates(layer, x, h0, out, fed, weights)
             w_hh = recurrent_weights(layer, weights)
             first = h0.contiguous(), None if c0 is None else c0.contiguous()
             given = [None if g is None else g.contiguous() for g in grads]
@@ -108,7 +108,7 @@ class TritonEngine:
                 layer.cell.name,
                 gates,
                 c_seq,
-                outputs.out,
+                out,
                 w_hh,
                 *first,
                 *given,
@@ -118,7 +118,7 @@ class TritonEngine:
                 found = reverse_sweep(*tensors, **how, plan=self.plan)
             except LaunchRefused as refusal:
                 found = self._smaller(refusal, layer, x, h0, reverse_sweep, tensors, how)
-            dx, dflat = gradients(layer, x, h0, outputs.out, fed, weights, found.dgates, needs)
+            dx, dflat = gradients(layer, x, h0, out, fed, weights, found.dgates, needs)
         states = [
             g.to(x.dtype) if need and g is not None else None
             for g, need in zip((found.dh0, found.dc0), needs[1:3], strict=True)

@@ -86,6 +86,19 @@ def uneven(rank: int) -> None:
         torch.testing.assert_close(p.detach(), mine, rtol=0, atol=0)
 
 
+def empty(rank: int) -> None:
+    """One process has no sequence, in every step; all parameters have gradients all the same."""
+    wrapped = DistributedDataParallel(Model())
+    for _ in range(3):
+        x = torch.randn(T, B, I, dtype=torch.float64)
+        expected = copy.deepcopy(wrapped.module)
+        expected(x).sum().backward()
+        wrapped.zero_grad()
+        wrapped(x[:, : B * rank]).sum().backward()
+        halves = {n: p.grad / 2 for n, p in expected.named_parameters() if p.grad is not None}
+        check(wrapped, halves)
+
+
 def fsdp(rank: int, reshard: bool) -> None:
     """Every layer and the model sharded; with ``reshard`` gathered a second time for backward."""
     model = Model()
@@ -115,6 +128,7 @@ def main() -> None:
         "ddp": lambda: ddp(rank, static_graph=False),
         "static graph": lambda: ddp(rank, static_graph=True),
         "uneven inputs": lambda: uneven(rank),
+        "empty batch": lambda: empty(rank),
         "fsdp": lambda: fsdp(rank, reshard=True),
         "fsdp without resharding": lambda: fsdp(rank, reshard=False),
     }

@@ -289,15 +289,57 @@ def test_double_backward_uses_public_layers() -> None:
     assert flat.abs().sum() > 0
 
 
+def checkpointed_equals_itself(layer: nn.Module, xs: list[Tensor], make: Any) -> None:
+    """Outputs and gradients with and without activation checkpointing, to the last bit."""
+    results = []
+    for keep in (True, False):
+        torch.manual_seed(1)  # of dropout between layers, which checkpointing repeats
+        variables = [x.detach().clone().requires_grad_() for x in xs]
+        call = lambda *xs: tuple(tensors(layer(make(list(xs)))))  # noqa: E731
+        outputs = call(*variables) if keep else checkpoint(call, *variables, use_reentrant=False)
+        loss = torch.stack([o.square().sum() for o in outputs]).sum()
+        grads = torch.autograd.grad(loss, [*variables, *layer.parameters()])
+        results.append([*outputs, *grads])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+CHECKPOINTED = ["batched", "packed", "dropout", "step"]
+
+
+def checkpoint_case(kind: str, case: str, dtype: torch.dtype, **options: Any) -> Any:
+    dropout = {"dropout": 0.5} if case == "dropout" else {}
+    _, layer = twins(kind, 3, 5, 2, dtype=dtype, **dropout, **options)
+    if case == "packed":
+        return layer, sequences([2, 4, 1], 3, dtype), packer(False)
+    steps = 1 if case == "step" else 4
+    return layer, [torch.randn(steps, 2, 3, dtype=dtype)], lambda xs: xs[0]
+
+
+@pytest.mark.parametrize("case", CHECKPOINTED)
 @pytest.mark.parametrize("recompute", [False, True])
 @every_layer
-@every_backend
-def test_activation_checkpointing(kind: str, backend: Backend, recompute: bool) -> None:
+@pytest.mark.parametrize("backend", ["auto", "cpu", "eager"])
+def test_activation_checkpointing(kind: str, backend: Backend, recompute: bool, case: str) -> None:
     """What is saved may be asked for once only."""
-    _, layer = twins(kind, 3, 5, 2, backend=backend, recompute=recompute, dtype=torch.float64)
-    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
-    wanted = [x, *layer.parameters()]
-    outputs = layer(x)[0], checkpoint(lambda t: layer(t)[0], x, use_reentrant=False)
-    found = [torch.autograd.grad(output.square().sum(), wanted) for output in outputs]
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
+    options = {"backend": backend, "recompute": recompute}
+    checkpointed_equals_itself(*checkpoint_case(kind, case, torch.float64, **options))
+
+
+@pytest.mark.parametrize("case", CHECKPOINTED)
+def test_activation_checkpointing_of_onednn(case: str) -> None:
+    checkpointed_equals_itself(*checkpoint_case("lstm", case, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("case", "recompute"),
+    [("packed", False), ("packed", True), ("dropout", False), ("batched", True), ("step", True)],
+)
+@pytest.mark.parametrize("kind", ["tanh", "relu", "gru", "lstm"])
+def test_activation_checkpointing_of_the_kernels(
+    kind: str, recompute: bool, case: str, triton_device: str
+) -> None:
+    options = {"backend": "triton", "recompute": recompute}
+    layer, xs, make = checkpoint_case(kind, case, torch.float32, **options)
+    xs = [x.to(triton_device) for x in xs]
+    checkpointed_equals_itself(layer.to(triton_device), xs, make)

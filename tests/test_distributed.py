@@ -9,7 +9,7 @@ import pytest
 import torch.distributed
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-CASES = ["ddp", "static graph", "uneven inputs", "fsdp", "fsdp without resharding"]
+CASES = ["ddp", "static graph", "uneven inputs", "empty batch", "fsdp", "fsdp without resharding"]
 
 
 @pytest.mark.slow

@@ -255,18 +255,6 @@ def test_learned_states_are_read_once() -> None:
     assert len(reads) == 1
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_no_sequences(backend: Any) -> None:
-    """An empty batch, as torch.nn has it."""
-    plain, layer = twins("gru", I, H, backend=backend)
-    x = torch.randn(T, 0, I)
-    assert layer(x)[0].shape == plain(x)[0].shape == (T, 0, H)
-    layer(x)[0].sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
-    lengths = torch.zeros(0, dtype=torch.int64)
-    assert layer(x, lengths=lengths)[1].shape == (1, 0, H)
-
-
 # ---- zoneout, dropout, clipping: against loops over torch.nn's cells ----------------------------
 
 

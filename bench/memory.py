@@ -47,7 +47,7 @@ def saved_by(layer: nn.Module, run: Callable[[], Tensor]) -> int:
 
 
 def kernel_bytes(case: Case, recompute: bool) -> int:
-    """Bytes that the Triton engine saves: input, output, initial and final states, its own."""
+    """Bytes that the Triton engine saves: input, output, initial states, its own."""
     precision: Literal["ieee", "tf32"] = "ieee" if case.dtype == "fp32" else "tf32"
     size, D = case.torch_dtype.itemsize, case.directions
     plan = make_plan(case.cell, case.H, size, case.B, D, LIMITS[90], precision=precision)
@@ -58,7 +58,7 @@ def kernel_bytes(case: Case, recompute: bool) -> int:
     layer = Layer(cell, Rows(case.T, case.B), D, recompute)
     specs = TritonEngine(plan, precision).saved_specs(layer, (x, h0, c0, None))
     own = sum(torch.Size(s[0]).numel() * s[1].itemsize for s in specs if s is not None)
-    states = 2 * (2 if cell.has_c else 1) * h0.nbytes  # initial and final
+    states = (2 if cell.has_c else 1) * h0.nbytes
     return x.nbytes + case.T * case.B * D * case.H * size + states + own
 
 

@@ -1,6 +1,7 @@
 """What the three layers share: parameters, checks, packing, the stack of layers."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -363,11 +364,16 @@ class FusedRNNBase(nn.Module):
         reset: Tensor | PackedSequence | None = None,
         return_cell_sequence: bool = False,
         mask: Tensor | None = None,
+        stack: Callable[..., tuple[tuple[Tensor, ...], States]] | None = None,
     ) -> tuple[Any, ...]:
-        """``output``, the final states, and c of all steps if it is asked for."""
+        """``output``, the final states, and c of all steps if it is asked for.
+
+        ``stack`` runs the layers in place of :meth:`_stack`, as :func:`fused_rnn.explain` has it.
+        """
         if graphs.recording(input):
             keywords = {"lengths": lengths, "reset": reset, "mask": mask}
             return graphs.record(self, input, hx, keywords, return_cell_sequence)
+        stack = stack or self._stack
         if not isinstance(input, (Tensor, PackedSequence)):
             kind = type(input).__name__
             raise TypeError(f"input should be a tensor or a PackedSequence, got {kind}")
@@ -391,7 +397,7 @@ class FusedRNNBase(nn.Module):
             learned = self._learned(hx, again, w_ih) if self.learn_h0 else None
             states = self._initial(data, rows.B, learned) if hx is None else hx
             from_zero = hx is None and learned is None
-            found, states = self._stack(
+            found, states = stack(
                 data, states, rows, weights, learned, None, again, return_cell_sequence, from_zero
             )
             if unsorted_indices is not None:
@@ -433,10 +439,10 @@ class FusedRNNBase(nn.Module):
         from_zero = hx is None and learned is None
         how = (weights, learned, lengths, again, return_cell_sequence, from_zero)
         if traced:  # the operators take the batch as it is
-            found, states = self._stack(x, states, TracedRows(B), *how)
+            found, states = stack(x, states, TracedRows(B), *how)
         else:
             flat = x.reshape(T * B, x.shape[-1])
-            found, states = self._stack(flat, states, Rows(T, B), *how)
+            found, states = stack(flat, states, Rows(T, B), *how)
             found = tuple([s.view(T, B, s.shape[-1]) for s in found])
         if self.batch_first:
             found = tuple([s.transpose(0, 1) for s in found])

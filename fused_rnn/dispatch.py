@@ -84,7 +84,13 @@ def choose(
     if backend == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend='cpu' needs tensors on the CPU, but the input is on {device}")
     if device.type == "cpu" and backend != "triton" and layer.extras is not None:
-        return Choice("cpu", None, "the loop of PyTorch calls, which alone knows the extras here")
+        reason = "the loop of PyTorch calls, which alone knows the extras here"
+        if backend == "cpu":
+            raise RuntimeError(
+                f"backend='cpu' cannot run this layer: it takes {reason}; "
+                "select backend='auto' or 'eager'"
+            )
+        return Choice("eager", None, reason)
     if device.type == "cpu" and backend != "triton":
         refusal = onednn.why_not(layer, dtype, projected)
         if refusal is None:

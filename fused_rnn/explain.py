@@ -1,18 +1,21 @@
 """What would run for a layer and an input, and why."""
 
+import inspect
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import ops, triton_backend
-from fused_rnn.base import FusedRNNBase
-from fused_rnn.checks import packed_rows
-from fused_rnn.dispatch import choose
+from fused_rnn import transforms, triton_backend
+from fused_rnn.base import FusedRNNBase, States
+from fused_rnn.dispatch import Backend, choose
+from fused_rnn.functional import stretches_suit
 from fused_rnn.precision import autocast_dtype, rnn_precision
-from fused_rnn.problem import Extras, Layer
+from fused_rnn.problem import Extras, Layer, Masks, Weights
 from fused_rnn.rows import Rows
+from fused_rnn.stretches import Stretches
 
 
 @dataclass(frozen=True)
@@ -49,52 +52,120 @@ def problem_of(
         TypeError: ``layer`` is not a fused layer.
         ValueError: ``x`` does not fit the layer, as in a call; so RuntimeError.
     """
+    first, *_ = _problems(layer, x, {})
+    return first.layer, first.device, first.dtype
+
+
+class _Problem(NamedTuple):
+    """One layer of a stack as a backend is given it.
+
+    Attributes:
+        layer: the problem.
+        masks: of what comes with the call, and whether units are dropped.
+        device: on which it runs.
+        dtype: in which it runs.
+        record: whether a gradient may be asked for.
+    """
+
+    layer: Layer
+    masks: Masks
+    device: torch.device
+    dtype: torch.dtype
+    record: bool
+
+
+def _problems(
+    layer: FusedRNNBase, x: Tensor | PackedSequence, call: dict[str, Any]
+) -> list[_Problem]:
+    """The layers of the stack, bottom up, after the checks of the call itself."""
     if not isinstance(layer, FusedRNNBase):
         raise TypeError(f"a fused layer is needed, got {type(layer).__name__}")
-    if isinstance(x, PackedSequence):
-        layer.check_input(x.data, x.batch_sizes)
-        rows, data = packed_rows(x), x.data
-    else:
-        batch_dim = 0 if layer.batch_first else 1
-        data = x.unsqueeze(batch_dim) if x.dim() == 2 else x
-        layer.check_input(data, None)
-        rows = Rows(data.shape[1 - batch_dim], data.shape[batch_dim])
-    dtype = autocast_dtype(data) or data.dtype
-    zoned, dropped = layer.zoneout > 0, layer.training and layer.recurrent_dropout > 0
-    clipped = layer.clip_recurrent_grad is not None and torch.is_grad_enabled()
-    extras = Extras(zoned=zoned) if zoned or dropped or clipped else None
-    problem = Layer(layer._cell, rows, layer._directions, layer.recompute, extras)
-    return problem, data.device, dtype
+    found: list[_Problem] = []
+
+    def stack(
+        x: Tensor,
+        states: States,
+        rows: Rows,
+        weights: list[list[Weights]],
+        learned: States | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        cells: bool,
+        from_zero: bool,
+    ) -> tuple[tuple[Tensor, ...], States]:
+        grad = torch.is_grad_enabled()
+        record = grad and any(t.requires_grad for t in (x, *states, *(learned or ())))
+        zoned, dropped = layer.zoneout > 0, layer.training and layer.recurrent_dropout > 0
+        clip = layer.clip_recurrent_grad if grad else None
+        masks = Masks(lengths, reset, drop=states[0] if dropped else None)
+        for number, directions in enumerate(weights):
+            tensors = [t for w in directions for t in w if t is not None]
+            record = record or (grad and any(t.requires_grad for t in tensors))
+            extras = Extras(zoned, clip=clip, cells=cells and number == layer.num_layers - 1)
+            more = extras != Extras() or any(t is not None for t in masks)
+            how = layer._cell, rows, layer._directions, layer.recompute, extras if more else None
+            dtype = autocast_dtype(x) or x.dtype
+            found.append(_Problem(Layer(*how), masks, x.device, dtype, record))
+        return (x,), states
+
+    given = inspect.signature(layer.forward).bind(x, **call).arguments
+    given.pop("input")
+    hx = given.pop("hx", None)
+    hx = hx if hx is None or layer._cell.has_c else (hx,)
+    layer._run(x, hx, **given, stack=stack)
+    return found
 
 
 def explain(
-    layer: FusedRNNBase, x: Tensor | PackedSequence, gpu: int | str | None = None
+    layer: FusedRNNBase, x: Tensor | PackedSequence, gpu: int | str | None = None, **call: Any
 ) -> Explanations:
-    """Tell which backend would run ``layer`` on ``x``, and why. Nothing is computed.
+    """Tell which backend would run ``layer(x, **call)``, and why. The layer is not run.
+
+    It is about a call at this place: gradients, training, autocast and transforms of torch.func
+    are taken as they are. Compiled and exported layers have no single steps and no stretches.
 
     Args:
         layer: a fused layer.
         x: an input that it accepts.
         gpu: ask for the kernels on a GPU that need not be here: 80, 86, 89, 90, 100, 120 or
             "gfx942".
+        **call: what else the call takes: ``hx``, ``lengths``, ``mask``, ``reset``,
+            ``return_cell_sequence``.
 
     Raises:
-        TypeError: ``layer`` is not a fused layer.
-        ValueError: ``x`` does not fit the layer, as in a call, or ``gpu`` is not known; so
-            RuntimeError.
+        TypeError: ``layer`` is not a fused layer, or its call has no such argument.
+        ValueError: ``x`` or what comes with it does not fit the layer, as in a call, or ``gpu`` is
+            not known; so RuntimeError, also where the call would raise it for its ``backend``.
     """
-    problem, device, dtype = problem_of(layer, x)
+    problems = _problems(layer, x, call)
+    H, projected = layer.hidden_size, layer.proj_size > 0
     if gpu is None:
-        record = torch.is_grad_enabled()
-        data = x.data if isinstance(x, PackedSequence) else x  # a tensor's .data has no gradient
-        tensors = (data, *layer.parameters())
-        record = record and any(t.requires_grad for t in tensors)
-        what = problem, device, dtype, layer.hidden_size, layer.proj_size > 0, layer.backend
-        choice = choose(*what, record, recorder=not ops.tracing())
-        backend, reason = str(choice.backend), choice.reason
+        chosen = [_here(problem, H, projected, layer.backend) for problem in problems]
     else:
-        backend, reason = _on_gpu(problem, dtype, layer.hidden_size, layer.proj_size > 0, gpu)
-    return Explanations(Explanation(number, backend, reason) for number in range(layer.num_layers))
+        chosen = [_on_gpu(p.layer, p.dtype, H, projected, gpu) for p in problems]
+    return Explanations(Explanation(number, *found) for number, found in enumerate(chosen))
+
+
+def _here(problem: _Problem, H: int, projected: bool, backend: Backend) -> tuple[str, str]:
+    """The backend that runs a problem on this machine, and the reason."""
+    layer, masks, device, dtype, record = problem
+    if layer.rows.B == 0:
+        return "eager", "the batch is empty: there is nothing to run"
+    what = device, dtype, H, projected, backend
+    if transforms.active():
+        if transforms.needs_loop(layer):
+            return "eager", "the loop of PyTorch calls, into which a transform can look"
+        choice = choose(layer, *what)
+        return choice.backend, choice.reason
+    prefix = ""
+    if backend in ("auto", "cpu") and stretches_suit(layer, masks, device):
+        stretches = Stretches.of(layer.rows, masks)
+        if stretches is None:
+            return "eager", "all lengths are 0: there is nothing to run"
+        layer = Layer(layer.cell, stretches.rows, layer.directions, layer.recompute)
+        prefix = "stretches as a packed batch, "
+    choice = choose(layer, *what, record, recorder=True)
+    return choice.backend, prefix + choice.reason
 
 
 def _on_gpu(

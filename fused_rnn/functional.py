@@ -10,7 +10,7 @@ from fused_rnn.cells import Cell
 from fused_rnn.dispatch import Backend
 from fused_rnn.ops import TracedRows
 from fused_rnn.precision import autocast_dtype, without_autocast
-from fused_rnn.problem import Extras, Layer, Outputs, Saved, Weights
+from fused_rnn.problem import Extras, Layer, Masks, Outputs, Saved, Weights
 from fused_rnn.rows import Rows
 from fused_rnn.stretches import Stretches
 
@@ -116,8 +116,7 @@ def _run(
     if rows.B == 0:
         return _nothing(rows, directions, more, inputs)
     layer = Layer(cell, rows, directions, recompute, more, from_zero)
-    by_lengths = more is not None and more == Extras()
-    if by_lengths and backend in ("auto", "cpu") and not transforms.active():
+    if more is not None and backend in ("auto", "cpu") and not transforms.active():
         found = _by_stretches(layer, inputs, backend)
         if found is not None:
             return found
@@ -125,12 +124,16 @@ def _run(
 
 
 def _nothing(rows: Rows, directions: int, more: Extras | None, inputs: Saved) -> Outputs:
-    """An empty batch: no rows; the gradients of all that is differentiable are zeros, not None."""
+    """No steps at all, as in an empty batch: states stay, and all gradients but theirs are zeros.
+
+    Zeros, not None, for everything that is differentiable.
+    """
     x, h0, c0, *_ = inputs
     assert x is not None
     assert h0 is not None
-    zero = torch.stack([t.sum() * 0 for t in inputs if t is not None and t.is_floating_point()])
-    zero = zero.sum()
+    # Sums of no elements, so that a parameter that is not finite does no harm.
+    tensors = [t for t in inputs if t is not None and t.is_floating_point()]
+    zero = torch.stack([t.narrow(0, 0, 0).sum() for t in tensors]).sum()
 
     def rows_of(state: Tensor) -> Tensor:
         return x.new_zeros(rows.N, directions * state.shape[-1]) + zero
@@ -144,18 +147,26 @@ def _nothing(rows: Rows, directions: int, more: Extras | None, inputs: Saved) ->
     )
 
 
+def stretches_suit(layer: Layer, masks: Masks, device: torch.device) -> bool:
+    """Whether :class:`fused_rnn.stretches.Stretches` do for a layer with extras.
+
+    Of a uniform batch on a CPU, whose only extras are lengths and resets.
+    """
+    uniform = device.type == "cpu" and layer.rows.batch_sizes is None
+    return uniform and layer.extras == Extras() and all([t is None for t in masks[4:]])
+
+
 def _by_stretches(layer: Layer, inputs: Saved, backend: Backend) -> Outputs | None:
     """Lengths and resets on the CPU, if there are no other extras."""
     masks, rows = layer.masks(inputs), layer.rows
     x, h0, c0, *rest = inputs
     assert x is not None
     assert h0 is not None
-    cpu = x.device.type == "cpu" and rows.batch_sizes is None
-    if not cpu or not all(t is None for t in masks[4:]):
+    if not stretches_suit(layer, masks, x.device):
         return None
     stretches = Stretches.of(rows, masks)
     if stretches is None:
-        return None
+        return _nothing(rows, layer.directions, layer.extras, inputs)
     packed = (
         x[stretches.steps],
         stretches.initial(h0, masks.restart_h),

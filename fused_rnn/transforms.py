@@ -29,11 +29,15 @@ def run(layer: Layer, inputs: Saved, backend: Backend) -> Outputs:
     """One layer, be there transforms or not; ``inputs`` as in :class:`fused_rnn.problem.Engine`."""
     if not active():
         return autograd.run(layer, inputs, backend)
-    slow = forward_mode() or torch.compiler.is_compiling() or layer.extras is not None
-    if slow or dispatch.choose_for(layer, inputs, backend).engine is None:
+    if needs_loop(layer) or dispatch.choose_for(layer, inputs, backend).engine is None:
         return reference.run(layer, inputs)
     outputs = _Layer.apply(layer, backend, *inputs)
     return Outputs(outputs[0], outputs[1], outputs[2] if layer.cell.has_c else None)
+
+
+def needs_loop(layer: Layer) -> bool:
+    """Whether a transform that is at work takes the eager loop, whatever the backend."""
+    return forward_mode() or torch.compiler.is_compiling() or layer.extras is not None
 
 
 def vjp(

@@ -108,6 +108,37 @@ def test_other_engines(kind: str, options: dict[str, Any], inputs: str) -> None:
         compare(fused, call, inputs, T, B, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "graphs"),
+    [
+        ([(4, 2), (7, 3), (2, 5), (9, 9)], [1, 2, 2, 2]),
+        ([(4, 2), (7, 2), (9, 2), (9, 3), (7, 4)], [1, 2, 2, 3, 3]),
+        ([(4, 2), (7, 3), (1, 3), (1, 4), (7, 1), (7, 0), (5, 5)], [1, 2, 3, 3, 4, 5, 5]),
+    ],
+)
+def test_how_many_graphs_there_are(sizes: list[tuple[int, int]], graphs: list[int]) -> None:
+    """The numbers that the README and docs/faq.md give."""
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = fused_rnn.FusedGRU(3, 5)
+    call = torch.compile(layer, fullgraph=True, backend=counter)
+    found = []
+    for T, B in sizes:
+        call(torch.randn(T, B, 3))
+        found.append(counter.frame_count)
+    assert found == graphs
+
+
+def test_a_forced_backend_that_cannot_run_raises() -> None:
+    """Traced lengths are no stretches, so the sweeps of the CPU engine do not do."""
+    layer = fused_rnn.FusedGRU(3, 5, backend="cpu")
+    lengths = torch.tensor([3, 1])
+    x = torch.randn(4, 2, 3)
+    assert layer(x, lengths=lengths)[0].shape == (4, 2, 5)
+    call, _ = compiled(lambda x: layer(x, lengths=lengths))
+    with pytest.raises(Exception, match="backend='cpu' cannot run this layer: it takes"):
+        call(x)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # which Inductor itself uses
 @pytest.mark.slow
 def test_inductor() -> None:

@@ -339,7 +339,7 @@ def draw(layer: Any, inputs: tuple[Tensor, ...], seed: int = 5) -> Masks:
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("what", KEYWORDS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("backend", ["auto", "cpu", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_zoneout_dropout_and_clipping(kind: str, what: str, training: bool, backend: Any) -> None:
     cls, extra = LAYERS[kind]
     layer = cls(I, H, dtype=torch.float64, backend=backend, **extra, **KEYWORDS[what])
@@ -407,7 +407,7 @@ def test_a_generator_decides_the_masks() -> None:
 # ---- c of all steps -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["auto", "cpu", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("proj_size", [0, 2])
 def test_cell_sequence(backend: Any, proj_size: int) -> None:
     layer = FusedLSTM(I, H, 2, backend=backend, proj_size=proj_size, dtype=torch.float64)

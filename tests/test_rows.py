@@ -28,5 +28,5 @@ def test_previous_and_last(lengths: list[int], reverse: bool) -> None:
     assert torch.equal(rows.previous(state, initial, reverse), previous)
     assert torch.equal(rows.last(state, reverse), last)
     dgates = torch.arange(2.0 * rows.N).view(rows.N, 2)
-    product = rows.recurrent_product(dgates, state, initial, reverse)
+    product = rows.recurrent_product(dgates, state, initial, reverse, from_zero=False)
     torch.testing.assert_close(product, dgates.t() @ previous)

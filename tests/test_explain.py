@@ -1,0 +1,209 @@
+"""``explain`` names what runs: held against the engines that a call really enters."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYERS, every_layer, packer, sequences
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+import fused_rnn
+from fused_rnn import cpu, explain, onednn, reference, step
+
+T, B, I, H = 3, 2, 3, 4
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has run since, a layer for an entry."""
+    names: list[str] = []
+
+    def watch(module: Any, attribute: str, name: str) -> None:
+        original = getattr(module, attribute)
+
+        def spy(*args: Any, **keywords: Any) -> Any:
+            names.append(name)
+            return original(*args, **keywords)
+
+        monkeypatch.setattr(module, attribute, spy)
+
+    watch(cpu, "forward", "sweeps")
+    watch(onednn, "forward", "oneDNN")
+    watch(step, "forward", "step")
+    watch(reference, "run", "loop")
+    return names
+
+
+def named(found: Any) -> Iterator[str]:
+    """What an explanation says, in the words of :func:`ran`."""
+    for one in found:
+        if "nothing to run" in one.reason:
+            continue
+        words = {"oneDNN's fused LSTM": "oneDNN", "for a single step": "step"}
+        name = next((n for w, n in words.items() if one.reason.endswith(w)), None)
+        expected = {"oneDNN": "cpu", "step": "eager"}.get(str(name), one.backend)
+        assert one.backend == expected
+        yield name or {"cpu": "sweeps", "eager": "loop"}[one.backend]
+
+
+def attempt(function: Callable[[], Any]) -> Any:
+    """The result, or the error's type and text."""
+    try:
+        return function()
+    except RuntimeError as error:
+        return type(error), str(error)
+
+
+def lengths(*values: int) -> dict[str, Tensor]:
+    return {"lengths": torch.tensor(values)}
+
+
+RESET = {"reset": torch.tensor([[False, True], [True, False], [False, False]])}
+PACKED = PackedSequence(torch.zeros(4, I), torch.tensor([2, 1, 1]))
+PACKED_RESET = PackedSequence(torch.ones(4, dtype=torch.bool), torch.tensor([2, 1, 1]))
+x = torch.zeros(T, B, I)
+# name: (options of the layer, input, what else the call takes)
+CALLS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
+    "plain": ({}, x, {}),
+    "step": ({}, x[:1], {}),
+    "step, recompute": ({"recompute": True}, x[:1], {}),
+    "empty batch": ({}, x[:, :0], {}),
+    "recompute": ({"recompute": True}, x, {}),
+    "bidirectional": ({"bidirectional": True}, x, {}),
+    "unbatched": ({}, x[:, 0], {}),
+    "batch_first": ({"batch_first": True}, x.transpose(0, 1), {}),
+    "packed": ({}, PACKED, {}),
+    "packed, all alike": ({}, PackedSequence(torch.zeros(4, I), torch.tensor([2, 2])), {}),
+    "packed, reset": ({}, PACKED, {"reset": PACKED_RESET}),
+    "fp64": ({"dtype": torch.float64}, x.double(), {}),
+    "bf16": ({"dtype": torch.bfloat16}, x.bfloat16(), {}),
+    "lengths": ({}, x, lengths(3, 1)),
+    "lengths all alike": ({}, x, lengths(3, 3)),
+    "lengths of a step": ({}, x, lengths(1, 1)),
+    "lengths of 0": ({}, x, lengths(0, 0)),
+    "mask": ({}, x, {"mask": torch.tensor([[True, True], [True, False], [False, False]])}),
+    "reset": ({}, x, RESET),
+    "both": ({"learn_h0": True}, x, RESET | lengths(3, 2)),
+    "zoneout": ({"zoneout": 0.5}, x, {}),
+    "dropout": ({"recurrent_dropout": 0.5}, x, lengths(3, 1)),
+    "clip": ({"clip_recurrent_grad": 1.0}, x, {}),
+    "cells": ({}, x, {"return_cell_sequence": True}),
+}
+
+
+@every_layer
+@pytest.mark.parametrize("backend", ["auto", "cpu", "eager"])
+@pytest.mark.parametrize("case", CALLS)
+def test_it_names_what_runs(kind: str, backend: Any, case: str, ran: list[str]) -> None:
+    options, input, call = CALLS[case]
+    _, ours, extra = LAYERS[kind]
+    if case == "cells" and ours is not fused_rnn.FusedLSTM:
+        with pytest.raises(TypeError, match="return_cell_sequence"):
+            explain(ours(I, H, **extra), input, **call)
+        return
+    layer = ours(I, H, 2, **extra, **options, backend=backend)
+    frozen = ours(I, H, 2, **extra, **options, backend=backend).requires_grad_(False)
+    half = ours(I, H, 2, **extra, **options, backend=backend)
+    for name, parameter in half.named_parameters():
+        parameter.requires_grad_("_l1" in name)
+    for context in (nullcontext(), torch.no_grad()):
+        for one in (layer, layer.eval(), frozen, half):
+            ran.clear()
+            with context:
+                found = attempt(lambda one=one: explain(one, input, **call))  # type: ignore[misc]
+                assert ran == []
+                happened = attempt(lambda one=one: one(input, **call))  # type: ignore[misc]
+            if isinstance(found, fused_rnn.explain.__globals__["Explanations"]):
+                assert list(named(found)) == ran
+                assert [e.layer for e in found] == [0, 1]
+            else:
+                assert found == happened
+            if backend == "cpu":
+                assert "loop" not in ran
+
+
+@every_layer
+@pytest.mark.parametrize("extra", ["zoneout", "recurrent_dropout", "clip_recurrent_grad"])
+def test_a_forced_backend_that_cannot_run_raises(kind: str, extra: str) -> None:
+    _, ours, more = LAYERS[kind]
+    layer = ours(I, H, **more, **{extra: 0.5}, backend="cpu")
+    text = r"backend='cpu' cannot run this layer: .* extras .*; select backend='auto' or 'eager'"
+    for call in (layer, lambda x: explain(layer, x)):
+        with pytest.raises(RuntimeError, match=text):
+            call(x)
+    layer.backend = "auto"
+    (found,) = explain(layer, x)
+    assert found.backend == "eager"
+    assert "extras" in found.reason
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own use, in jvp
+@pytest.mark.parametrize("kind", ["tanh", "gru", "lstm"])
+@pytest.mark.parametrize("extra", ["none", "lengths", "zoneout"])
+def test_transforms(kind: str, extra: str, ran: list[str]) -> None:
+    _, ours, _ = LAYERS[kind]
+    layer = ours(I, H, zoneout=0.5 if extra == "zoneout" else 0.0).eval()
+    call = lengths(3, 1) if extra == "lengths" else {}
+    said: list[str] = []
+
+    def loss(x: Tensor) -> Tensor:
+        ran.clear()
+        said[:] = named(explain(layer, x, **call))
+        result: Tensor = layer(x, **call)[0].square().sum()
+        assert said == ran[:1]
+        return result
+
+    torch.func.grad(loss)(x)
+    torch.func.vmap(loss)(torch.zeros(2, T, B, I))
+    torch.func.jvp(loss, (x,), (x,))
+    assert said == ["loop"]
+
+
+def test_states_that_want_a_gradient(ran: list[str]) -> None:
+    layer = fused_rnn.FusedGRU(I, H, recompute=True).requires_grad_(False)
+    h = torch.zeros(1, B, H)
+    for hx in (h, h.clone().requires_grad_()):
+        ran.clear()
+        found = list(named(explain(layer, x[:1], hx=hx)))
+        layer(x[:1], hx)
+        assert found == ran
+    assert found == ["sweeps"]
+
+
+def test_lengths_on_a_cpu() -> None:
+    (found,) = explain(fused_rnn.FusedLSTM(I, H), x, lengths=torch.tensor([3, 1]))
+    assert found.backend == "cpu"
+    assert found.reason.startswith("stretches as a packed batch, sweeps of PyTorch calls")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        ({"length": 3}, TypeError, "unexpected keyword argument 'length'"),
+        ({"lengths": [3, 1]}, TypeError, "lengths should be a tensor"),
+        (lengths(9, 1), ValueError, "lengths should be from 0 to 3"),
+        ({"hx": (x, x)}, TypeError, "hx should be a tensor"),
+        ({"hx": torch.zeros(1, 9, H)}, RuntimeError, "Expected hidden size"),
+    ],
+)
+def test_what_comes_with_the_call_is_checked(
+    call: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        explain(fused_rnn.FusedGRU(I, H), x, **call)
+
+
+def test_packed_input_of_any_order() -> None:
+    packed = packer(False)(sequences([1, 3], I, torch.float32))
+    assert explain(fused_rnn.FusedGRU(I, H), packed)[0].backend == "cpu"
+
+
+@pytest.mark.parametrize("extra", [{}, {"zoneout": 0.5}, {"recurrent_dropout": 0.5}])
+def test_the_kernels_know_the_extras(extra: dict[str, float], triton_device: str) -> None:
+    layer = fused_rnn.FusedLSTM(I, H, backend="triton", **extra).to(triton_device)
+    call = {n: t.to(triton_device) for n, t in (RESET | lengths(3, 2)).items()}
+    (found,) = explain(layer, x.to(triton_device), **call, return_cell_sequence=True)
+    assert found.backend == "triton"

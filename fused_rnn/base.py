@@ -172,8 +172,26 @@ class FusedRNNBase(nn.Module):
 
     @property
     def _flat_weights(self) -> list[Tensor]:
-        """The parameters in the order of their names."""
+        """The parameters in the order of their names.
+
+        What code for torch.nn's layers assigns must be just that: the attributes are what counts.
+
+        Raises:
+            ValueError: something else is assigned.
+        """
         return [getattr(self, name) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        names, given = self._flat_weights_names, list(weights)
+        held = self._parameters | self.__dict__
+        known = [held.get(name) for name in names]  # None for what a parametrization computes
+        same = [own is None or own is new for own, new in zip(known, given, strict=False)]
+        if len(given) != len(names) or not all(same):
+            raise ValueError(
+                "_flat_weights is read from the layer's attributes: assign to those, as in "
+                f"layer.{names[0]} = ..."
+            )
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
@@ -387,7 +405,10 @@ class FusedRNNBase(nn.Module):
             self._check_parameters(data, weights)
             again = None if reset is None else packed_reset(input, reset)
             if lengths is not None or mask is not None:
-                raise ValueError("lengths are for padded input; a PackedSequence has its own")
+                name = "mask" if lengths is None else "lengths"
+                raise ValueError(
+                    f"{name}: only for padded input; a PackedSequence has lengths itself"
+                )
             traced = ops.tracing()
             rows = TracedRows.packed(input, hx) if traced else packed_rows(input)
             if hx is not None:
@@ -427,7 +448,7 @@ class FusedRNNBase(nn.Module):
                 raise ValueError("lengths and mask say the same: give one of them")
             lengths = lengths_of(self._padded_reset(mask, x, batched, "mask"))
         if lengths is not None:
-            check_lengths(lengths, x, batched)
+            check_lengths(lengths, x, batched, "lengths" if mask is None else "mask")
         again = None if reset is None else self._padded_reset(reset, x, batched)
         if hx is not None:
             self._check_states(x, hx, B)

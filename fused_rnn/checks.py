@@ -91,14 +91,14 @@ def packed_rows(input: PackedSequence) -> Rows:
     return rows
 
 
-def check_lengths(lengths: Tensor, x: Tensor, batched: bool) -> None:
-    """Raise unless ``lengths`` [B] fits the input ``x`` [T, B, I].
+def check_lengths(lengths: Tensor, x: Tensor, batched: bool, name: str) -> None:
+    """Raise unless ``lengths`` [B], given as the argument ``name``, fits the input ``x`` [T, B, I].
 
     On a GPU its values are not looked at, which would wait for it.
     """
     T, B, _ = x.shape
     if not batched:
-        raise ValueError("lengths are for batched input: cut the one sequence instead")
+        raise ValueError(f"{name}: only for batched input; cut the one sequence instead")
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"lengths should be a tensor of int64 or int32, got {kind}")

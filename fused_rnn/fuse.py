@@ -161,8 +161,23 @@ def _twin(layer: nn.Module, cls: type[nn.Module], extra: dict[str, Any]) -> nn.M
         twin.parametrizations[name] = parametrizations[name]  # type: ignore[operator]
     twin._modules = {name: twin._modules[name] for name in layer._modules}
     if isinstance(twin, nn.RNNBase):
-        twin._init_flat_weights()
+        _list_weights(twin)
     return twin
+
+
+def _list_weights(layer: nn.RNNBase) -> None:
+    """Fill torch.nn's list of weights, which a call makes anew where they are computed.
+
+    Without a graph, so that the layer can be copied, and without a step of what computes them:
+    spectral_norm takes one at each read in training.
+    """
+    computing = [m for m in layer.modules() if m is not layer and m.training]
+    for module in computing:
+        module.training = False
+    with torch.no_grad():
+        layer._init_flat_weights()
+    for module in computing:
+        module.training = True
 
 
 def _rebound(hooks: Any, twin: nn.Module) -> Any:

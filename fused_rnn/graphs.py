@@ -7,8 +7,8 @@ torch.nn's own function for the layer, the other a single node that calls the mo
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.fx import Proxy, Tracer
+from torch import fx, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 if TYPE_CHECKING:
@@ -37,6 +37,27 @@ _CONFIG = (
 )
 
 
+class Tracer(fx.Tracer):
+    """A tracer of torch.fx to which fused layers are leaves, as torch.nn's are to any.
+
+    ``torch.fx.symbolic_trace`` takes them for code of the user's own; a layer without hooks makes a
+    single node of itself there, too. Hooks would be recorded, and run again by the node.
+
+    Example:
+        >>> from fused_rnn import FusedGRU, Tracer
+        >>> model = torch.nn.Sequential(FusedGRU(3, 5))
+        >>> traced = torch.fx.GraphModule(model, Tracer().trace(model))
+        >>> traced(torch.randn(4, 2, 3))[0].shape
+        torch.Size([4, 2, 5])
+    """
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a call of ``m`` is one node of the graph."""
+        from fused_rnn.base import FusedRNNBase
+
+        return isinstance(m, FusedRNNBase) or super().is_leaf_module(m, module_qualified_name)
+
+
 def recording(input: Any) -> bool:
     """Whether torch.jit.trace or torch.fx records the call of a layer on ``input``."""
     return torch.jit.is_tracing() or isinstance(input, Proxy)  # type: ignore[attr-defined]
@@ -53,7 +74,8 @@ def record(
 
     Raises:
         RuntimeError: torch.jit.trace records a layer that does what torch.nn's cannot.
-        TypeError: torch.fx traces the layer itself, not a model that it is in.
+        TypeError: torch.fx traces the layer itself, not a model that it is in; or the layer has
+            hooks, and the tracer is not :class:`Tracer`.
     """
     if isinstance(input, Proxy):
         return _node(layer, input, hx, keywords, return_cell_sequence)
@@ -98,11 +120,16 @@ def _node(
 ) -> tuple[Any, ...]:
     """The call as a node of torch.fx, as its tracer makes one of torch.nn's layers."""
     tracer = input.tracer
-    path = tracer.path_of_module(layer) if isinstance(tracer, Tracer) else ""
+    path = tracer.path_of_module(layer) if isinstance(tracer, fx.Tracer) else ""
     if not path:
         raise TypeError(
             "torch.fx can trace a model that calls a fused layer, not the layer itself: "
             "it is one node"
+        )
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise TypeError(
+            "torch.fx.symbolic_trace would run the hooks of a fused layer twice; make it a leaf: "
+            "torch.fx.GraphModule(model, fused_rnn.Tracer().trace(model))"
         )
     lstm = layer.mode == "LSTM"
     keywords = {name: value for name, value in keywords.items() if value is not None}

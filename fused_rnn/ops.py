@@ -452,7 +452,11 @@ def tracing() -> bool:
     Not under a transform of torch.func: an operator's gradient is closed to those, and a tangent
     would be lost silently. There the eager loop is traced, for the T and B at hand.
     """
-    return torch.compiler.is_compiling() and not transforms.active()
+    recorded = torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXIES) is not None
+    return recorded and not transforms.active()
+
+
+_PROXIES: Any = torch._C._TorchDispatchModeKey.PROXY  # make_fx records
 
 
 def run(

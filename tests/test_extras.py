@@ -624,9 +624,9 @@ def test_bad_inputs(keywords: dict[str, Any], error: type[Exception], text: str)
 def test_bad_inputs_of_other_kinds() -> None:
     layer, x = FusedLSTM(I, H), torch.randn(T, B, I)
     packed = pack_padded_sequence(x, torch.tensor(sorted(LENGTHS)[::-1]))
-    with pytest.raises(ValueError, match="lengths are for padded input"):
+    with pytest.raises(ValueError, match="lengths: only for padded input"):
         layer(packed, lengths=torch.tensor(LENGTHS))
-    with pytest.raises(ValueError, match="lengths are for batched input"):
+    with pytest.raises(ValueError, match="lengths: only for batched input"):
         layer(x[:, 0], lengths=torch.tensor(3))
     with pytest.raises(TypeError, match="reset should be packed as the input is, got Tensor"):
         layer(packed, reset=random_reset())

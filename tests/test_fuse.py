@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.utils.parametrizations as new
 import torch.nn.utils.parametrize as parametrize
-from helpers import LAYERS, every_layer, tensors
+from helpers import LAYERS, assert_same, every_layer, tensors
 from torch import Tensor, nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
@@ -357,3 +357,17 @@ def test_initialisation_by_class_comes_before_fuse() -> None:
 
     model = fuse(nn.Sequential(nn.GRU(3, 5)).apply(initialise))
     assert all((p == 0.25).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_unfused_computed_weights_are_copied_and_not_stepped(norm: str) -> None:
+    """torch.nn's list of weights holds no graph; making it takes no step of a power iteration."""
+    layer = nn.GRU(3, 5)
+    getattr(new, norm)(layer, HH)
+    state = {name: t.clone() for name, t in layer.state_dict().items()}
+    plain = unfuse(fuse(layer))
+    assert_same(dict(plain.state_dict()), state)
+    assert all(module.training for module in plain.modules())
+    x = torch.randn(4, 2, 3)
+    other = copy.deepcopy(plain)
+    torch.testing.assert_close(other.eval()(x), plain.eval()(x), rtol=0, atol=0)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers import LAYERS, every_layer, states, tensors, twins
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fused_rnn import FusedGRU, FusedLSTM, fuse, unfuse
+from fused_rnn import FusedGRU, FusedLSTM, Tracer, fuse, unfuse
 
 SIZES = [(6, 4), (2, 3), (1, 1), (9, 5)]  # T, B; the first one is traced
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -313,3 +314,40 @@ def test_fx_of_the_layer_itself_is_refused() -> None:
     graph = fx.Graph()
     with pytest.raises(TypeError, match=message):
         FusedGRU(3, 5)(fx.Proxy(graph.placeholder("x")))
+
+
+def double(module: nn.Module, args: Any, result: Any) -> Any:
+    return result[0] * 2, result[1]
+
+
+def test_fx_runs_the_hooks_of_a_leaf_once() -> None:
+    model = nn.Sequential(FusedGRU(3, 5))
+    model[0].register_forward_hook(double)
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    x = torch.randn(4, 2, 3)
+    with pytest.raises(TypeError, match="hooks of a fused layer twice"):
+        fx.symbolic_trace(model)
+    traced = fx.GraphModule(model, Tracer().trace(model))
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+    torch.testing.assert_close(traced(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_fx_leaves_computed_weights_alone() -> None:
+    model = nn.Sequential(weight_norm(nn.GRU(3, 5), "weight_hh_l0"))
+    fuse(model)
+    Tracer().trace(model)
+    assert type(model[0].weight_hh_l0) is Tensor
+
+
+@every_layer
+def test_make_fx_records_the_operator(kind: str) -> None:
+    _, layer = twins(kind, 3, 5)
+    x = torch.randn(4, 2, 3)
+    graph = make_fx(lambda x: layer(x)[0])(x)
+    assert any("fused_rnn.layer" in str(node.target) for node in graph.graph.nodes)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    found, expected = graph(x), layer(x)[0]
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(y.sum(), x) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)

@@ -97,10 +97,10 @@ def test_bad_masks() -> None:
         layer(x, mask=mask.to("meta"))
     with pytest.raises(ValueError, match="lengths and mask say the same: give one of them"):
         layer(x, mask=mask, lengths=LENGTHS)
-    with pytest.raises(ValueError, match="lengths are for batched input"):
+    with pytest.raises(ValueError, match="mask: only for batched input"):
         layer(x[0], mask=mask[0])
     packed = pack_padded_sequence(x, torch.full((B,), T), batch_first=True)
-    with pytest.raises(ValueError, match="lengths are for padded input"):
+    with pytest.raises(ValueError, match="mask: only for padded input"):
         layer(packed, mask=mask)
     mask[1, 3] = mask[3, 0] = False
     with pytest.raises(

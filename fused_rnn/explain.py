@@ -12,6 +12,7 @@ from fused_rnn import transforms, triton_backend
 from fused_rnn.base import FusedRNNBase, States
 from fused_rnn.dispatch import Backend, choose
 from fused_rnn.functional import stretches_suit
+from fused_rnn.layers import FusedGRU, FusedLSTM
 from fused_rnn.precision import autocast_dtype, rnn_precision
 from fused_rnn.problem import Extras, Layer, Masks, Weights
 from fused_rnn.rows import Rows
@@ -54,6 +55,10 @@ def problem_of(
     """
     first, *_ = _problems(layer, x, {})
     return first.layer, first.device, first.dtype
+
+
+# What a call takes, without and with c; a subclass may take something else.
+_CALLS = tuple(inspect.signature(cls.forward) for cls in (FusedGRU, FusedLSTM))
 
 
 class _Problem(NamedTuple):
@@ -108,8 +113,8 @@ def _problems(
             found.append(_Problem(Layer(*how), masks, x.device, dtype, record))
         return (x,), states
 
-    given = inspect.signature(layer.forward).bind(x, **call).arguments
-    given.pop("input")
+    given = _CALLS[layer._cell.has_c].bind(layer, x, **call).arguments
+    del given["self"], given["input"]
     hx = given.pop("hx", None)
     hx = hx if hx is None or layer._cell.has_c else (hx,)
     layer._run(x, hx, **given, stack=stack)

@@ -61,11 +61,11 @@ def _fp32_precision(request: pytest.FixtureRequest) -> Iterator[None]:
     before = [switch.fp32_precision for switch in switches]
     on_gpu = request.node.get_closest_marker("gpu") is not None
     if on_gpu:
-        cudnn.allow_tf32 = False
+        torch._C._set_cudnn_allow_tf32(False)  # the attribute is frozen by torch.testing._internal
         torch.backends.cuda.matmul.fp32_precision = "ieee"
     yield
     if on_gpu:
-        cudnn.allow_tf32 = True
+        torch._C._set_cudnn_allow_tf32(True)
     for switch, setting in zip(switches, before, strict=True):
         if switch.fp32_precision != setting:
             switch.fp32_precision = setting

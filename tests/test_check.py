@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -248,7 +249,12 @@ def test_an_interrupt_ends_the_child(capsys: pytest.CaptureFixture[str], tmp_pat
     file = tmp_path / "pid"
     script = "import os, signal, sys, time; open(sys.argv[1], 'w').write(str(os.getpid()));"
     script += "time.sleep(0.5); os.kill(os.getppid(), signal.SIGINT); time.sleep(1000)"
-    assert main([], [sys.executable, "-c", script, str(file)]) == 130
+    # A shell that starts pytest in the background lets it ignore interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([], [sys.executable, "-c", script, str(file)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted\n"
     with pytest.raises(ProcessLookupError):
         os.kill(int(file.read_text()), 0)

@@ -82,7 +82,9 @@ def test_final_states_of_onednn(shape: str, steps: int) -> None:
     assert_same(gradients(fused, two_pieces, False, steps), expected)
 
 
-@pytest.mark.parametrize("kind", ["tanh", "relu", "gru", "lstm"])
+@pytest.mark.parametrize(
+    "kind", ["tanh", pytest.param("relu", marks=pytest.mark.slow), "gru", "lstm"]
+)
 @every_input
 def test_final_states_of_the_kernels(kind: str, packed: bool, triton_device: str) -> None:
     plain, fused = twins(kind, 4, 5, backend="triton", bidirectional=True)
@@ -131,7 +133,7 @@ def test_all_cell_states_may_be_overwritten(triton_device: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("kind", ["tanh", "gru", "projected"])
+@pytest.mark.parametrize("kind", [pytest.param("tanh", marks=pytest.mark.slow), "gru", "projected"])
 @pytest.mark.parametrize("how", ["compile", "export"])
 def test_final_states_of_a_traced_layer(kind: str, how: str) -> None:
     plain, fused = twins(kind, 4, 5, 2, dtype=torch.float64)

@@ -68,7 +68,7 @@ def many_at_once_agree(function: Callable[[Tensor], Any], x: Tensor, rtol: float
         torch.testing.assert_close(found, torch.stack(one_by_one), rtol=rtol, atol=rtol / 10)
 
 
-@pytest.mark.parametrize("kind", ["tanh", "gru", "lstm"])
+@pytest.mark.parametrize("kind", [pytest.param("tanh", marks=pytest.mark.slow), "gru", "lstm"])
 @pytest.mark.parametrize("case", ["plain", "packed", "zoneout"])
 def test_gradients_of_the_kernels(kind: str, case: str, triton_device: str) -> None:
     _, layer = twins(kind, 2, 3, backend="triton")
@@ -96,7 +96,7 @@ def test_gradcheck_and_hessian(kind: str, backend: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("kind", ["relu", "gru", "projected"])
+@pytest.mark.parametrize("kind", [pytest.param("relu", marks=pytest.mark.slow), "gru", "projected"])
 @pytest.mark.parametrize("how", ["compile", "export"])
 @pytest.mark.parametrize("case", ["plain", "zoneout"])
 def test_traced(kind: str, how: str, case: str) -> None:

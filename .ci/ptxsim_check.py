@@ -207,7 +207,7 @@ def check_extras(name, arch, group):
         needs = [t is not None and t.requires_grad for t in inputs]
         padded = [*(g.to(BF16) for g in grads)]
         given = [padded.pop(0) if o is not None else None for o in outputs]
-        back = engine.backward(layer, cast, found, saved, given, needs)
+        back = engine.backward(layer, cast, found.out, saved, given, needs)
     for got, want in zip([o for o in found if o is not None], present, strict=True):
         assert_close(got, want.detach(), TOLERANCE[BF16], "output")
     for got, want in zip([g for g, n in zip(back, needs, strict=True) if n], expected, strict=True):

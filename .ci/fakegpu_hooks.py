@@ -126,6 +126,7 @@ def no_launches() -> None:
     """For tensors without memory: launches do nothing, not even Triton's own part."""
     for name in ("kernels.forward", "kernels.backward"):
         _replace(_module(name), "launch", lambda _: lambda *args, **arguments: None)
+        _replace(_module(name), "compile_target", lambda _: lambda device: None)
     _replace(_module("kernels.pack"), "launch_once", lambda _: lambda *args, **arguments: None)
 
 
@@ -146,7 +147,7 @@ def recorded_layers() -> list[Callable[[], None]]:
 
         def backward() -> None:
             grads = [None if t is None else torch.empty_like(t) for t in outputs[:3]]
-            engine.backward(layer, inputs, outputs, saved, (*grads, None), needs)
+            engine.backward(layer, inputs, outputs.out, saved, (*grads, None), needs)
 
         if save:
             found.append(backward)

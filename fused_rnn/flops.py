@@ -42,7 +42,8 @@ def backward(
         h0: size of the initial states [D, B, R].
         weights: sizes of the parameters, by direction.
         needs: whether the gradient of the input is wanted, and that of each parameter.
-        need_h0: whether that of the initial states is; else no step passes them one.
+        need_h0: whether that of the initial states is; else no step passes them one. (Counted as B
+            rows; of a packed batch the reverse direction begins with fewer.)
     """
     D, B, _ = h0
     k, found = len(weights) // D, 0

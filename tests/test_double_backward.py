@@ -39,8 +39,9 @@ def compare(kind: str, device: str, dtype: torch.dtype, packed: bool, **options:
     xs = sequences([4, 2, 3], 3, dtype) if packed else [torch.randn(4, 2, 3, dtype=dtype)]
     found = penalty(layer.to(device), xs, packed)
     expected = penalty(exact.double(), [x.double() for x in xs], packed)
-    # A second derivative goes three times through the layer, and the errors of each add up.
-    assert_same(found, expected, dtype, growth=3**0.5)
+    # A second derivative goes three times through the layer, and on a GPU, whose exp and tanh are
+    # good to two units in the last place and not to one, the errors of each show.
+    assert_same(found, expected, dtype, growth=3**0.5 if device == "cuda" else 1.0)
 
 
 both = pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])

@@ -116,6 +116,15 @@ def test_groups_elsewhere(target, tmp_path):
         check(row)
 
 
+@pytest.mark.parametrize("target", ["80", "90"])
+def test_full_fp32_does_not_spill_forward(target, tmp_path):
+    """Multiply-adds hold both operands in registers: with too few warps, ptxas gives up."""
+    args = "--target", target, "--cell", "lstm", "--hidden", "64", "--dtype", "fp32"
+    for row in static(tmp_path, *args, "--kernel", "inference", "forward"):
+        check(row)
+        assert row["spill"] == 0
+
+
 @pytest.mark.slow
 def test_whole_chip_and_beyond(tmp_path):
     """Part of the weights in shared memory, and all in L2: they build, and stay in bounds."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from fused_rnn import dispatch, reference, step
+from fused_rnn import dispatch, reference
 from fused_rnn.dispatch import Backend
 from fused_rnn.flops import counted
 from fused_rnn.precision import without_autocast
@@ -102,12 +102,10 @@ def run(layer: Layer, inputs: Saved, backend: Backend) -> Outputs:
     choice = dispatch.choose_for(layer, inputs, backend, record, recorder=True)
     engine = choice.engine
     if engine is None:
-        if choice.step:
-            return step.forward(layer, inputs)
-        if layer.recompute and torch.is_grad_enabled():
-            found: Any = checkpoint(reference.run, layer, inputs, use_reentrant=False)
+        if layer.recompute and record:
+            found: Any = checkpoint(choice.run, layer, inputs, use_reentrant=False)
             return Outputs(*found)
-        return reference.run(layer, inputs)
+        return choice.run(layer, inputs)
     if record:
         return Outputs(*LayerFunction.apply(engine, layer, *inputs))
     outputs, _ = counted(engine).forward(layer, inputs, save=False)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import cells, graphs, ops
+from fused_rnn import cells, graphs, native_stack, ops
 from fused_rnn.cells import Cell
 from fused_rnn.checks import (
     check_arguments,
@@ -104,10 +104,10 @@ class FusedRNNBase(nn.Module):
         self.recurrent_dropout = float(recurrent_dropout)
         self.learn_h0 = learn_h0
         self.clip_recurrent_grad = clip_recurrent_grad
-        self._layout = self._make_layout()
+        self._make_layout()
 
-        for name, shape in [e for layer in self._layout for d in layer for e in d if e is not None]:
-            parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        for name, size in zip(*self._flat_layout, strict=True):
+            parameter = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
         if learn_h0:
             for name, width in zip(("h_0", "c_0"), self._state_widths, strict=False):
@@ -223,10 +223,11 @@ class FusedRNNBase(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, also of a version that did not know every attribute."""
         super().__setstate__({"proj_size": 0, "backend": "auto"} | EXTRAS | state)
-        self._layout = self._make_layout()
+        self._make_layout()
 
-    def _make_layout(self) -> "list[list[list[_Entry | None]]]":
-        return _layout_of(
+    def _make_layout(self) -> None:
+        """Names and sizes of the parameters, by layer and direction and in torch.nn's order."""
+        self._layout = _layout_of(
             self._cell.gates,
             self.input_size,
             self.hidden_size,
@@ -234,6 +235,11 @@ class FusedRNNBase(nn.Module):
             self._directions,
             self.bias,
             self.proj_size,
+        )
+        flat = [e for layer in self._layout for d in layer for e in d if e is not None]
+        self._flat_layout = (
+            [name for name, _ in flat],
+            [torch.Size(size) for _, size in flat],
         )
 
     def extra_repr(self) -> str:
@@ -391,6 +397,11 @@ class FusedRNNBase(nn.Module):
         if graphs.recording(input):
             keywords = {"lengths": lengths, "reset": reset, "mask": mask}
             return graphs.record(self, input, hx, keywords, return_cell_sequence)
+        extras = lengths is not None or reset is not None or mask is not None
+        if not (extras or return_cell_sequence or stack or ops.tracing()):
+            call = native_stack.prepare(self, input, hx)
+            if call is not None:
+                return native_stack.run(self, input, call)
         stack = stack or self._stack
         if not isinstance(input, (Tensor, PackedSequence)):
             kind = type(input).__name__

@@ -3,14 +3,16 @@
 Nothing falls back silently: a forced backend that cannot run raises, and ``auto`` gives its reason.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from fused_rnn import cpu, onednn, step, triton_backend
-from fused_rnn.problem import Engine, Layer, Saved
+from fused_rnn import contest, cpu, native, reference, step, triton_backend
+from fused_rnn.problem import Engine, Layer, Outputs, Saved
+from fused_rnn.tuning import Request
 
-Backend = Literal["auto", "triton", "cpu", "eager"]
+Backend = Literal["auto", "triton", "cpu", "native", "eager"]
 BACKENDS = get_args(Backend)
 
 
@@ -18,16 +20,16 @@ class Choice(NamedTuple):
     """The backend that runs a layer.
 
     Attributes:
-        backend: "triton", "cpu" or "eager".
-        engine: what implements it; None for the eager loop, which autograd differentiates itself.
+        backend: "triton", "cpu", "native" or "eager".
+        engine: what implements it; None for what autograd differentiates itself.
         reason: why this one.
-        step: whether it is a single step, which :mod:`fused_rnn.step` runs in place of the loop.
+        run: what runs in place of an engine.
     """
 
     backend: Backend
     engine: Engine | None
     reason: str
-    step: bool = False
+    run: Callable[[Layer, Saved], Outputs] = reference.run
 
 
 def check_backend(backend: str) -> None:
@@ -67,7 +69,8 @@ def choose(
         projected: whether there is a projection.
         backend: what the user asks for.
         record: whether a gradient may be asked for.
-        recorder: whether the caller leaves it to autograd to record a single step.
+        recorder: whether the caller leaves it to autograd to record what has no engine. Tracers
+            and transforms do not; if they ``record``, the choice is the same for all T and B.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
@@ -77,13 +80,35 @@ def choose(
         check_backend(backend)
     if backend == "eager":
         return Choice("eager", None, "backend='eager' asks for it")
-    plain = not record or (recorder and not layer.recompute)
-    if backend == "auto" and plain and step.suits(layer, device, dtype, projected):
-        reason = f"torch.{layer.cell.name}_cell, for a single step"
-        return Choice("eager", None, reason, step=True)
+    # Whether the engine may depend on T and B: nobody asks it for a backward without those.
+    free = not record or (recorder and not layer.recompute)
+    if backend == "native":
+        if refusal := native.why_not(layer, device):
+            raise RuntimeError(f"backend='native' cannot run this layer: {refusal}")
+        return _native(device, free, "backend='native' asks for it")
     if backend == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend='cpu' needs tensors on the CPU, but the input is on {device}")
-    if device.type == "cpu" and backend != "triton" and layer.extras is not None:
+    choose = _on_cpu if device.type == "cpu" and backend != "triton" else _on_gpu
+    return choose(layer, device, dtype, H, projected, backend, record, free)
+
+
+def _native(device: torch.device, free: bool, reason: str) -> Choice:
+    """torch.nn's functions; on a CPU autograd records them itself if it may."""
+    itself = free and device.type == "cpu"
+    return Choice("native", None if itself else native, native.because(reason), native.run)
+
+
+def _on_cpu(
+    layer: Layer,
+    device: torch.device,
+    dtype: torch.dtype,
+    H: int,
+    projected: bool,
+    backend: Backend,
+    record: bool,
+    free: bool,
+) -> Choice:
+    if layer.extras is not None:
         reason = "the loop of PyTorch calls, which alone knows the extras here"
         if backend == "cpu":
             raise RuntimeError(
@@ -91,22 +116,64 @@ def choose(
                 "select backend='auto' or 'eager'"
             )
         return Choice("eager", None, reason)
-    if device.type == "cpu" and backend != "triton":
-        refusal = onednn.why_not(layer, dtype, projected)
-        if refusal is None:
-            return Choice("cpu", onednn, "oneDNN's fused LSTM")
-        if layer.cell.name in cpu.CELLS:
-            return Choice("cpu", cpu, f"sweeps of PyTorch calls; not oneDNN, since {refusal}")
-        reason = f"the CPU engine has no sweeps for {layer.cell.name}"
-        if backend == "cpu":
-            raise RuntimeError(f"backend='cpu' cannot run this layer: {reason}")
-        return Choice("eager", None, reason)
-    engine = triton_backend.make_engine(layer, device, dtype, H, projected)
-    if not isinstance(engine, str):
-        return Choice("triton", engine, engine.plan.reason)
-    if backend == "triton":
-        raise RuntimeError(
-            f"backend='triton' cannot run {layer.cell.name} with hidden_size={H} in {dtype} on "
-            f"{device}: {engine}"
+    saving = record and layer.recompute  # memory is what counts
+    if backend == "auto" and not saving and not native.why_not(layer, device):
+        faster = native.suits(
+            layer.cell.name,
+            dtype,
+            layer.rows.T if free else None,
+            layer.rows.B,
+            H,
+            ragged=layer.rows.batch_sizes is not None,
+            projected=projected,
+            train=record,
         )
-    return Choice("eager", None, f"no fused kernel: {engine}")
+        if faster is not None:
+            return _native(device, free, faster)
+    if layer.cell.name in cpu.CELLS:
+        reason = "backend='cpu' asks for them"
+        if backend == "auto":
+            reason = "recompute=True" if saving else "faster here than torch.nn's own"
+        return Choice("cpu", cpu, f"sweeps of PyTorch calls: {reason}")
+    reason = f"the CPU engine has no sweeps for {layer.cell.name}"
+    if backend == "cpu":
+        raise RuntimeError(f"backend='cpu' cannot run this layer: {reason}")
+    return Choice("eager", None, reason)
+
+
+def _on_gpu(
+    layer: Layer,
+    device: torch.device,
+    dtype: torch.dtype,
+    H: int,
+    projected: bool,
+    backend: Backend,
+    record: bool,
+    free: bool,
+) -> Choice:
+    if backend == "auto" and free and step.suits(layer, device, dtype, projected):
+        reason = f"torch.{layer.cell.name}_cell, for a single step"
+        return Choice("eager", None, reason, step.forward)
+    engine = triton_backend.make_engine(layer, device, dtype, H, projected)
+    refusal = native.why_not(layer, device)
+    if isinstance(engine, str):
+        if backend == "triton":
+            raise RuntimeError(
+                f"backend='triton' cannot run {layer.cell.name} with hidden_size={H} in {dtype} on "
+                f"{device}: {engine}"
+            )
+        reason = f"no fused kernel: {engine}"
+        if refusal is None:
+            return _native(device, free, reason)
+        return Choice("eager", None, f"{reason}; not torch.nn's own: {refusal}")
+    saving = record and layer.recompute  # memory is what counts
+    if backend == "auto" and free and not saving and refusal is None and device.type == "cuda":
+        request = Request.of(layer, H, dtype, engine.precision)
+        winner, faster = contest.winner(request, layer.rows, record, device), None
+        if winner == "native":
+            faster = "they were timed faster on this GPU"
+        elif winner is None and native.cudnn():
+            faster = native.suits_gpu(request, engine.plan, layer.rows, record)
+        if faster is not None:
+            return _native(device, free, faster)
+    return Choice("triton", engine, engine.plan.reason)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import transforms, triton_backend
+from fused_rnn import native, native_stack, transforms, triton_backend
 from fused_rnn.base import FusedRNNBase, States
 from fused_rnn.dispatch import Backend, choose
 from fused_rnn.functional import stretches_suit
@@ -25,7 +25,7 @@ class Explanation:
 
     Attributes:
         layer: its number, from 0 at the input.
-        backend: "triton", "cpu" or "eager".
+        backend: "triton", "cpu", "native" or "eager".
         reason: why, and for Triton by what plan.
     """
 
@@ -113,12 +113,19 @@ def _problems(
             found.append(_Problem(Layer(*how), masks, x.device, dtype, record))
         return (x,), states
 
+    hx, rest = _arguments(layer, x, call)
+    layer._run(x, hx, **rest, stack=stack)
+    return found
+
+
+def _arguments(
+    layer: FusedRNNBase, x: Tensor | PackedSequence, call: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """``hx`` as ``layer._run`` takes it, and what else comes with a call."""
     given = _CALLS[layer._cell.has_c].bind(layer, x, **call).arguments
     del given["self"], given["input"]
     hx = given.pop("hx", None)
-    hx = hx if hx is None or layer._cell.has_c else (hx,)
-    layer._run(x, hx, **given, stack=stack)
-    return found
+    return hx if hx is None or layer._cell.has_c else (hx,), given
 
 
 def explain(
@@ -144,10 +151,16 @@ def explain(
     """
     problems = _problems(layer, x, call)
     H, projected = layer.hidden_size, layer.proj_size > 0
-    if gpu is None:
+    hx, rest = _arguments(layer, x, call)
+    whole = None
+    if gpu is None and not any(value is not None and value is not False for value in rest.values()):
+        whole = native_stack.prepare(layer, x, hx)
+    if whole is not None:
+        chosen = [("native", native.because(whole.reason))] * len(problems)
+    elif gpu is None:
         chosen = [_here(problem, H, projected, layer.backend) for problem in problems]
     else:
-        chosen = [_on_gpu(p.layer, p.dtype, H, projected, gpu) for p in problems]
+        chosen = [_on_gpu(problem, H, projected, gpu) for problem in problems]
     return Explanations(Explanation(number, *found) for number, found in enumerate(chosen))
 
 
@@ -173,20 +186,28 @@ def _here(problem: _Problem, H: int, projected: bool, backend: Backend) -> tuple
     return choice.backend, prefix + choice.reason
 
 
-def _on_gpu(
-    problem: Layer, dtype: torch.dtype, H: int, projected: bool, gpu: int | str
-) -> tuple[str, str]:
+def _on_gpu(problem: _Problem, H: int, projected: bool, gpu: int | str) -> tuple[str, str]:
+    layer, _, _, dtype, record = problem
+    extras = layer.extras is not None
     if refusal := triton_backend.refusal(dtype, projected):
-        return "eager", f"no fused kernel: {refusal}"
+        return _instead(extras, refusal)
     from fused_rnn.kernels.plan import LIMITS, DoesNotFit
     from fused_rnn.tuning import Request, planned
 
     if gpu not in LIMITS:
         raise ValueError(f"gpu {gpu!r} is not known. Select from {list(LIMITS)}.")
-    request = Request(
-        problem.cell.name, H, dtype, problem.rows.B, problem.directions, rnn_precision()
-    )
+    request = Request.of(layer, H, dtype, rnn_precision())
     try:
-        return "triton", planned(request, LIMITS[gpu])[0].reason
-    except DoesNotFit as reason:
-        return "eager", f"no fused kernel: {reason}"
+        plan = planned(request, LIMITS[gpu])[0]
+    except DoesNotFit as refusal:
+        return _instead(extras, str(refusal))
+    faster = None
+    if not (extras or (record and layer.recompute) or isinstance(gpu, str)):
+        faster = native.suits_gpu(request, plan, layer.rows, record)
+    return ("native", native.because(faster)) if faster else ("triton", plan.reason)
+
+
+def _instead(extras: bool, refusal: str) -> tuple[str, str]:
+    """What runs on a GPU where there is no kernel."""
+    reason = f"no fused kernel: {refusal}"
+    return ("eager", reason) if extras else ("native", native.because(reason))

@@ -117,6 +117,7 @@ class Store:
 
 
 plans = Store("plans.json")
+engines = Store("engines.json")
 constants = Store("constants.json")
 
 

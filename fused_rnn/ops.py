@@ -5,7 +5,7 @@ operators, whose shapes follow from those of their inputs; which engine runs is 
 run. Untraced calls do not take them: next to a small layer an operator's own time would show.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_rnn import dispatch, eager, flops, step, transforms
+from fused_rnn import dispatch, eager, flops, transforms
 from fused_rnn.cells import BY_NAME
 from fused_rnn.dispatch import Backend
 from fused_rnn.problem import (
@@ -64,14 +64,14 @@ class _Call:
     Attributes:
         layer: while it is traced, its rows say no more than whether lengths differ.
         inputs: as in :class:`fused_rnn.problem.Engine`.
-        engine: what runs.
-        step: whether :mod:`fused_rnn.step` does, in place of the engine's forward.
+        engine: what runs where backward is to follow.
+        run: what runs where it is not, in place of the engine's forward; or None.
     """
 
     layer: Layer
     inputs: Saved
     engine: Engine
-    step: bool
+    run: Callable[[Layer, Saved], Outputs] | None
 
     @classmethod
     def of(
@@ -117,7 +117,8 @@ class _Call:
         given[4:6] = _rows(found.zone_h, batch_sizes), _rows(found.zone_c, batch_sizes)
         inputs = (flat, h0, c0, *_with_absent(weights, directions), *(given if more else ()))
         choice = dispatch.choose_for(layer, inputs, backend, record)
-        return cls(layer, inputs, choice.engine or eager, choice.step)
+        run = choice.run if choice.engine is None and not record else None
+        return cls(layer, inputs, choice.engine or eager, run)
 
 
 def _with_absent(weights: Sequence[Tensor], directions: int) -> Saved:
@@ -191,8 +192,8 @@ def layer_op(
         return results
     call = _Call.of(tensors, batch_sizes, *options, record=save)
     saved: Saved = ()
-    if call.step:
-        outputs = step.forward(call.layer, call.inputs)
+    if call.run is not None:
+        outputs = call.run(call.layer, call.inputs)
     else:
         save = save and call.engine.saved_specs(call.layer, call.inputs) is not None
         outputs, saved = call.engine.forward(call.layer, call.inputs, save)

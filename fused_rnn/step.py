@@ -1,8 +1,9 @@
-"""A single time step: PyTorch's own cell, one call for each direction, which autograd records.
+"""A single time step on a GPU: PyTorch's own cell, one call for each direction.
 
-There is no loop to fuse, so what counts is what a sweep spends before and after it. Only
-``backend="auto"`` comes here: an engine that is asked for by name runs also a single step itself,
-for the results of one long call to the last bit.
+Autograd records it. There is no loop to fuse, so what counts is what a sweep spends before and
+after it. Only ``backend="auto"`` comes here: an engine that is asked for by name runs also a single
+step itself, for the results of one long call to the last bit. (On a CPU torch.nn's own functions
+run a single step, see :mod:`fused_rnn.native`.)
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -25,10 +26,11 @@ _CELLS: dict[str, Any] = {
 def suits(layer: Layer, device: torch.device, dtype: torch.dtype, projected: bool) -> bool:
     """Whether a layer runs here.
 
-    16-bit types do not on a CPU, where the cells round every intermediate result, nor projections,
-    extras and other cells, which PyTorch does not know.
+    16-bit types do on CUDA alone: elsewhere the cells round every intermediate result. Projections,
+    extras and other cells do not, which PyTorch does not know.
     """
     wide = device.type == "cuda" or dtype in (torch.float32, torch.float64)
+    wide = wide and device.type != "cpu"
     plain = not projected and layer.extras is None and layer.cell.name in _CELLS
     return layer.rows.T == 1 and wide and plain
 

@@ -117,7 +117,7 @@ def make_engine(
     # 16-bit products have no such switch, and the interpreter has no tensor cores.
     switched = chip.type == "cuda" and dtype == torch.float32
     precision: Literal["ieee", "tf32"] = rnn_precision() if switched else "ieee"
-    request = Request(layer.cell.name, H, dtype, layer.rows.B, layer.directions, precision)
+    request = Request.of(layer, H, dtype, precision)
     try:
         plan = choose_plan(request, devices.device_limits(chip), chip)
     except devices.UnknownDevice as unknown:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import measured
+from fused_rnn import contest, measured
+from fused_rnn.problem import Layer
 
 if TYPE_CHECKING:
     from fused_rnn.base import FusedRNNBase
@@ -35,6 +36,13 @@ class Request(NamedTuple):
     B: int
     D: int
     precision: Literal["ieee", "tf32"]
+
+    @classmethod
+    def of(
+        cls, layer: Layer, H: int, dtype: torch.dtype, precision: Literal["ieee", "tf32"]
+    ) -> "Request":
+        """That of a layer with ``H`` hidden units in ``dtype``."""
+        return cls(layer.cell.name, H, dtype, layer.rows.B, layer.directions, precision)
 
     def key(self, device: torch.device) -> str:
         """Its entry among the remembered plans."""
@@ -195,9 +203,12 @@ def time_sweeps(plan: "Plan", request: Request, device: torch.device) -> float:
 def tune(layer: "FusedRNNBase", x: Tensor | PackedSequence) -> "tuple[Plan, ...]":
     """Time the best plans for ``layer`` on inputs like ``x``, and use the winner from now on.
 
+    The winner then meets torch.nn's own kernels, in inference and in training; where those are
+    faster, ``backend="auto"`` takes them for inputs of this kind from now on.
+
     Args:
         layer: a fused layer on a GPU.
-        x: an input that it accepts; its batch size counts, not its length.
+        x: an input that it accepts; its batch size counts, and for the last of this its length.
 
     Returns:
         the plan of each layer of the stack
@@ -219,15 +230,9 @@ def tune(layer: "FusedRNNBase", x: Tensor | PackedSequence) -> "tuple[Plan, ...]
         raise RuntimeError(f"there is nothing to tune: {engine}")
     if device.type != "cuda":
         raise RuntimeError("there is nothing to tune: Triton's interpreter runs these kernels")
-    request = Request(
-        problem.cell.name,
-        layer.hidden_size,
-        dtype,
-        problem.rows.B,
-        problem.directions,
-        engine.precision,
-    )
+    request = Request.of(problem, layer.hidden_size, dtype, engine.precision)
     plan = measure(request, device_limits(device), device)
+    contest.hold(layer, x, request, problem.rows, device)
     return (plan,) * layer.num_layers
 
 

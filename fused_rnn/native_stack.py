@@ -1,0 +1,168 @@
+"""The shortest way on a CPU: the whole stack of layers in one call of torch.nn's function.
+
+It is asked first, before anything is set up: at the sizes for which it is there, that would cost as
+much as the call. So it looks no closer than it must; whatever is out of the ordinary, wrong
+arguments included, it leaves to the general path, which knows the words for every error.
+:func:`fused_rnn.explain` asks the same function.
+"""
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fused_rnn import native, transforms
+from fused_rnn.checks import packed_rows
+from fused_rnn.precision import autocast_dtype
+
+if TYPE_CHECKING:
+    from fused_rnn.base import FusedRNNBase
+
+
+class Call(NamedTuple):
+    """What torch.nn's function is called with.
+
+    Attributes:
+        reason: why it runs.
+        x: the input, [T, B, I], [B, T, I] with ``batch_first``, or rows [N, I] if packed.
+        states: the initial states [L*D, B, .], h alone or h and c, in the order of the rows.
+        weights: the parameters in torch.nn's order.
+        cast: whether autocast is on; types have been settled.
+    """
+
+    reason: str
+    x: Tensor
+    states: tuple[Tensor, ...]
+    weights: list[Tensor]
+    cast: bool
+
+
+def prepare(layer: "FusedRNNBase", input: Any, hx: Any) -> Call | None:
+    """The call for ``layer(input, hx)``, or None where it is left to the general path.
+
+    Raises:
+        RuntimeError: the parts of a PackedSequence do not fit each other.
+    """
+    if (
+        layer.backend not in ("auto", "native")
+        or layer.zoneout
+        or layer.recurrent_dropout
+        or layer.clip_recurrent_grad is not None
+        or (layer.learn_h0 and hx is None)
+        or transforms.active()
+        or torch._C._len_torch_dispatch_stack()  # a counter of FLOPs, or a tracer
+    ):
+        return None
+    weights = _weights(layer)
+    packed = type(input) is PackedSequence
+    x: Any = input.data if packed else input
+    if weights is None or not isinstance(x, Tensor) or not x.is_cpu:
+        return None
+    w, dtype = weights[0], None
+    if torch.is_autocast_enabled("cpu"):
+        dtype = autocast_dtype(x)
+    if x.dtype is not w.dtype and (dtype is None or w.dtype is torch.float64):
+        return None
+    dims, steps, batch = x.dim(), int(layer.batch_first), 1 - int(layer.batch_first)
+    if x.shape[-1:] != w.shape[1:] or x.numel() == 0 or dims not in ((2,) if packed else (2, 3)):
+        return None
+    if packed:
+        rows = packed_rows(input)
+        T, B, ragged = rows.T, rows.B, rows.batch_sizes is not None
+    else:
+        x = x.unsqueeze(batch) if dims == 2 else x
+        T, B, ragged = x.shape[steps], x.shape[batch], False
+    states = _states(layer, x, hx, B, unbatched=not packed and dims == 2, cast=dtype is not None)
+    if states is None:
+        return None
+    train = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *states, *weights)])
+    if train and layer.recompute:
+        return None
+    reason: str | None = "backend='native' asks for it"
+    if layer.backend == "auto":
+        reason = native.suits(
+            layer._cell.name,
+            dtype or x.dtype,
+            T,
+            B,
+            layer.hidden_size,
+            ragged=ragged,
+            projected=layer.proj_size > 0,
+            train=train,
+        )
+    if reason is None:
+        return None
+    if dtype is not None:
+        x, weights = x.to(dtype), [p.to(dtype) for p in weights]
+        states = tuple([s.to(dtype) for s in states])
+    if packed and hx is not None and input.sorted_indices is not None:
+        states = tuple([s.index_select(1, input.sorted_indices) for s in states])
+    return Call(reason, x, states, weights, dtype is not None)
+
+
+def _weights(layer: "FusedRNNBase") -> list[Tensor] | None:
+    """The parameters in torch.nn's order; None if one is computed, or not of the common kind."""
+    names, sizes = layer._flat_layout
+    own = layer._parameters
+    try:
+        found: Any = [own[name] for name in names]
+    except KeyError:  # a parametrization computes it
+        return None
+    dtype = found[0].dtype
+    kind = all([p.dtype is dtype and p.is_cpu for p in found])
+    if not kind or [p.shape for p in found] != sizes:
+        return None
+    weights: list[Tensor] = found
+    return weights
+
+
+def _states(
+    layer: "FusedRNNBase", x: Tensor, hx: Any, B: int, *, unbatched: bool, cast: bool
+) -> tuple[Tensor, ...] | None:
+    """The initial states [L*D, B, .]; None if something is wrong with those given."""
+    count = layer.num_layers * layer._directions
+    sizes = [(count, B, width) for width in layer._state_widths]
+    if hx is None:
+        zeros = x.new_zeros(sizes[0])
+        if len(sizes) == 1:
+            return (zeros,)
+        return zeros, zeros if sizes[0] == sizes[1] else x.new_zeros(sizes[1])
+    if type(hx) is not tuple or len(hx) != len(sizes):
+        return None
+    found = []
+    for state, size in zip(hx, sizes, strict=True):
+        if not isinstance(state, Tensor) or not state.is_cpu:
+            return None
+        if unbatched and state.dim() == 2:
+            state = state.unsqueeze(1)
+        elif unbatched:
+            return None
+        if state.shape != size:
+            return None
+        if state.dtype is not x.dtype and (not cast or state.dtype is torch.float64):
+            return None
+        found.append(state)
+    return tuple(found)
+
+
+def run(layer: "FusedRNNBase", input: Any, call: Call) -> tuple[Any, ...]:
+    """``output`` and the final states of a prepared ``call`` for ``input``."""
+    function = native.FUNCTIONS[layer._cell.name]
+    hx: Any = call.states if len(call.states) == 2 else call.states[0]
+    how = (layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional)
+    packed = type(input) is PackedSequence
+    arguments: tuple[Any, ...] = (call.x, hx, call.weights, *how, layer.batch_first)
+    if packed:
+        arguments = (call.x, input.batch_sizes, hx, call.weights, *how)
+    with torch.autocast("cpu", enabled=False) if call.cast else nullcontext():
+        out, *final = function(*arguments)
+    if packed:
+        _, sizes, order, back = input
+        if back is not None:
+            final = [s.index_select(1, back) for s in final]
+        return PackedSequence(out, sizes, order, back), tuple(final)
+    if input.dim() == 2:
+        return out.squeeze(0 if layer.batch_first else 1), tuple([s.squeeze(1) for s in final])
+    return out, tuple(final)

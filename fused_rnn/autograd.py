@@ -96,16 +96,22 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def run(layer: Layer, inputs: Saved, backend: Backend) -> Outputs:
-    """Run one layer, through autograd if a gradient may be asked for."""
+def run(layer: Layer, inputs: Saved, backend: Backend, transformed: bool = False) -> Outputs:
+    """Run one layer, through autograd if a gradient may be asked for.
+
+    ``transformed``: for a transform of torch.func, which may ask for one later.
+    """
     record = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
-    choice = dispatch.choose_for(layer, inputs, backend, record, recorder=True)
+    choice = dispatch.choose_for(
+        layer, inputs, backend, record or transformed, recorder=not transformed
+    )
     engine = choice.engine
     if engine is None:
+        loop = choice.run or reference.run
         if layer.recompute and record:
-            found: Any = checkpoint(choice.run, layer, inputs, use_reentrant=False)
+            found: Any = checkpoint(loop, layer, inputs, use_reentrant=False)
             return Outputs(*found)
-        return choice.run(layer, inputs)
+        return loop(layer, inputs)
     if record:
         return Outputs(*LayerFunction.apply(engine, layer, *inputs))
     outputs, _ = counted(engine).forward(layer, inputs, save=False)

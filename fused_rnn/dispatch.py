@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from fused_rnn import contest, cpu, native, reference, step, triton_backend
+from fused_rnn import contest, cpu, native, step, triton_backend
 from fused_rnn.problem import Engine, Layer, Outputs, Saved
 from fused_rnn.tuning import Request
 
@@ -23,13 +23,13 @@ class Choice(NamedTuple):
         backend: "triton", "cpu", "native" or "eager".
         engine: what implements it; None for what autograd differentiates itself.
         reason: why this one.
-        run: what runs in place of an engine.
+        run: what runs in place of an engine; None for the eager loop.
     """
 
     backend: Backend
     engine: Engine | None
     reason: str
-    run: Callable[[Layer, Saved], Outputs] = reference.run
+    run: Callable[[Layer, Saved], Outputs] | None = None
 
 
 def check_backend(backend: str) -> None:

@@ -160,7 +160,7 @@ def explain(
     elif gpu is None:
         chosen = [_here(problem, H, projected, layer.backend) for problem in problems]
     else:
-        chosen = [_on_gpu(problem, H, projected, gpu) for problem in problems]
+        chosen = [_on_gpu(problem, H, projected, layer.backend, gpu) for problem in problems]
     return Explanations(Explanation(number, *found) for number, found in enumerate(chosen))
 
 
@@ -186,11 +186,14 @@ def _here(problem: _Problem, H: int, projected: bool, backend: Backend) -> tuple
     return choice.backend, prefix + choice.reason
 
 
-def _on_gpu(problem: _Problem, H: int, projected: bool, gpu: int | str) -> tuple[str, str]:
+def _on_gpu(
+    problem: _Problem, H: int, projected: bool, backend: Backend, gpu: int | str
+) -> tuple[str, str]:
+    """What runs on a GPU that need not be here, be it asked for by name or by "auto"."""
     layer, _, _, dtype, record = problem
-    extras = layer.extras is not None
+    torchs = native.why_not(layer, torch.device("cuda"))
     if refusal := triton_backend.refusal(dtype, projected):
-        return _instead(extras, refusal)
+        return _instead(torchs, refusal)
     from fused_rnn.kernels.plan import LIMITS, DoesNotFit
     from fused_rnn.tuning import Request, planned
 
@@ -200,14 +203,15 @@ def _on_gpu(problem: _Problem, H: int, projected: bool, gpu: int | str) -> tuple
     try:
         plan = planned(request, LIMITS[gpu])[0]
     except DoesNotFit as refusal:
-        return _instead(extras, str(refusal))
+        return _instead(torchs, str(refusal))
     faster = None
-    if not (extras or (record and layer.recompute) or isinstance(gpu, str)):
+    saving = record and layer.recompute
+    if backend == "auto" and not (torchs or saving or isinstance(gpu, str)):
         faster = native.suits_gpu(request, plan, layer.rows, record)
     return ("native", native.because(faster)) if faster else ("triton", plan.reason)
 
 
-def _instead(extras: bool, refusal: str) -> tuple[str, str]:
-    """What runs on a GPU where there is no kernel."""
+def _instead(torchs: str | None, refusal: str) -> tuple[str, str]:
+    """What runs on a GPU where there is no kernel; ``torchs`` speaks against torch.nn's own."""
     reason = f"no fused kernel: {refusal}"
-    return ("eager", reason) if extras else ("native", native.because(reason))
+    return ("eager", reason) if torchs else ("native", native.because(reason))

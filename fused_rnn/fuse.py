@@ -23,7 +23,7 @@ _PLAIN: _Twins = {fused: plain for plain, fused in _FUSED.items()}
 
 # What only one of the twins keeps in its __dict__.
 _THEIRS = frozenset({"_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights"})
-_OURS = frozenset({"_layout", "_flat_layout", "backend", *EXTRAS})
+_OURS = frozenset({"_layout", "_order", "backend", *EXTRAS})
 
 
 def fuse(model: nn.Module, *, backend: Backend = "auto", recompute: bool = False) -> nn.Module:

@@ -165,7 +165,7 @@ def forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
 
 
 def saved_specs(layer: Layer, inputs: Saved) -> None:
-    """See :class:`fused_rnn.problem.Engine`: what is saved is the kernels' own affair."""
+    """See :class:`fused_rnn.problem.Engine`: what is saved are tensors with a graph."""
     return
 
 
@@ -178,7 +178,7 @@ def backward(
     needs: tuple[bool, ...],
 ) -> Grads:
     """See :class:`fused_rnn.problem.Engine`."""
-    if not saved:
+    if not saved:  # recompute, or an operator of ours
         _, saved = _recorded(layer, inputs)
     results, leaves = saved[:3], saved[3:]
     pairs = [
@@ -204,12 +204,16 @@ def _recorded(layer: Layer, inputs: Saved) -> tuple[Outputs, Saved]:
     """
     # Each input is a variable of its own: one tensor may stand in two places (tied weights).
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    with torch.enable_grad():
+    # Autograd has no say within an operator of ours, unless it is let in.
+    with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False), torch.enable_grad():
         found = run(layer, tuple(leaves), train=True)
     # The states are the caller's, who may overwrite them.
     h_n, c_n = (None if s is None else s.detach().clone() for s in (found.h_n, found.c_n))
     assert h_n is not None
     return Outputs(found.out.detach(), h_n, c_n), (found.out, found.h_n, found.c_n, *leaves)
+
+
+_AUTOGRAD: Any = torch._C.DispatchKey.AutogradFunctionality
 
 
 # ---- where it is the faster one: on a CPU -------------------------------------------------------

@@ -47,6 +47,7 @@ def prepare(layer: "FusedRNNBase", input: Any, hx: Any) -> Call | None:
     """
     if (
         layer.backend not in ("auto", "native")
+        or layer._cell.name not in native.FUNCTIONS
         or layer.zoneout
         or layer.recurrent_dropout
         or layer.clip_recurrent_grad is not None
@@ -104,7 +105,7 @@ def prepare(layer: "FusedRNNBase", input: Any, hx: Any) -> Call | None:
 
 def _weights(layer: "FusedRNNBase") -> list[Tensor] | None:
     """The parameters in torch.nn's order; None if one is computed, or not of the common kind."""
-    names, sizes = layer._flat_layout
+    names, sizes = layer._order
     own = layer._parameters
     try:
         found: Any = [own[name] for name in names]

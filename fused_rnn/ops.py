@@ -117,7 +117,7 @@ class _Call:
         given[4:6] = _rows(found.zone_h, batch_sizes), _rows(found.zone_c, batch_sizes)
         inputs = (flat, h0, c0, *_with_absent(weights, directions), *(given if more else ()))
         choice = dispatch.choose_for(layer, inputs, backend, record)
-        run = choice.run if choice.engine is None and not record else None
+        run = None if record or choice.engine is not None else choice.run
         return cls(layer, inputs, choice.engine or eager, run)
 
 
@@ -282,6 +282,8 @@ def layer_backward_op(
     if specs is not None and len(rest) == sum(s is not None for s in specs):
         left = iter(rest)
         saved = tuple(None if s is None else next(left) for s in specs)
+    elif specs is None:
+        saved = ()
     else:
         outputs, saved = engine.forward(layer, inputs, save=True)
         out = outputs.out

@@ -123,8 +123,9 @@ class Engine(Protocol):
         ...
 
     def saved_specs(self, layer: Layer, inputs: Saved) -> Specs | None:
-        """Shapes and types of what forward saves, or None if only forward can tell.
+        """Shapes and types of what forward saves.
 
+        None if those are no plain tensors: backward can then do without, and takes ``()``.
         Nothing of ``layer.rows`` may be read, nor T and B in the shapes of ``inputs`` compared:
         a tracer asks, to whom they are symbols.
         """

@@ -29,6 +29,13 @@ def run(layer: Layer, inputs: Saved, backend: Backend) -> Outputs:
     """One layer, be there transforms or not; ``inputs`` as in :class:`fused_rnn.problem.Engine`."""
     if not active():
         return autograd.run(layer, inputs, backend)
+    return _run(layer, inputs, backend)
+
+
+def _run(layer: Layer, inputs: Saved, backend: Backend) -> Outputs:
+    """The same under a transform, or under those that are left of some."""
+    if not active():
+        return autograd.run(layer, inputs, backend, transformed=True)
     if needs_loop(layer) or dispatch.choose_for(layer, inputs, backend).engine is None:
         return reference.run(layer, inputs)
     outputs = _Layer.apply(layer, backend, *inputs)
@@ -61,7 +68,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(layer: Layer, backend: Backend, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        return _present(autograd.run(layer, inputs, backend))
+        return _present(autograd.run(layer, inputs, backend, transformed=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -96,7 +103,7 @@ class _Layer(torch.autograd.Function):
         folded = [_fold(t, d, V, at) for t, d, at in zip(inputs, dims, (0, 1, 1), strict=False)]
         wide = Rows(rows.T, rows.B * V, None if sizes is None else tuple([n * V for n in sizes]))
         layer = Layer(layer.cell, wide, layer.directions, layer.recompute)
-        out, *states = _present(run(layer, (*folded, *inputs[3:]), backend))
+        out, *states = _present(_run(layer, (*folded, *inputs[3:]), backend))
         states = [s.unflatten(1, (rows.B, V)) for s in states]
         return (out.unflatten(0, (rows.N, V)), *states), (1, *[2] * len(states))
 

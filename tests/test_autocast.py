@@ -8,6 +8,7 @@ from helpers import LAYERS, assert_no_worse, every_layer, packer, states, tensor
 from torch import Tensor, nn
 
 import fused_rnn
+from fused_rnn import native
 
 TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 KINDS = ["tanh", "relu", "gru", "lstm"]
@@ -107,11 +108,16 @@ def test_the_state_is_wider_inside(kind: str) -> None:
 @every_layer
 @pytest.mark.parametrize("create_graph", [False, True], ids=["first", "second"])
 def test_backward_within_the_context(kind: str, create_graph: bool) -> None:
-    """It must not be autocast a second time, if the layer ran before the context."""
-    _, layer = twins(kind, 3, 5, num_layers=2)
+    """Our engines' is not autocast a second time, if the layer ran before the context.
+
+    torch.nn's own kernels are, where the layer runs them, just as in torch.nn's layer.
+    """
+    plain, fused = twins(kind, 3, 5, num_layers=2, backend="cpu")
+    _, native = twins(kind, 3, 5, num_layers=2, backend="native")
+    native.load_state_dict(plain.state_dict())
     x = torch.randn(4, 2, 3, requires_grad=True)
 
-    def slopes(inside: bool) -> tuple[Tensor, ...]:
+    def slopes(layer: nn.Module, inside: bool) -> tuple[Tensor, ...]:
         loss = tensors(layer(x))[0].float().square().sum()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
             wanted = [x, *layer.parameters()]
@@ -121,8 +127,8 @@ def test_backward_within_the_context(kind: str, create_graph: bool) -> None:
             found = torch.autograd.grad(total, wanted)
         return found
 
-    for found, expected in zip(slopes(True), slopes(False), strict=True):
-        assert torch.equal(found, expected)
+    assert all(map(torch.equal, slopes(fused, True), slopes(fused, False)))
+    assert all(map(torch.equal, slopes(native, True), slopes(plain, True)))
 
 
 def test_fp64_is_left_alone() -> None:
@@ -141,10 +147,14 @@ def test_fp64_is_left_alone() -> None:
             layer(x, torch.zeros(1, 2, 5, dtype=torch.float64))
 
 
-def test_explain_names_the_type() -> None:
-    layer, x = fused_rnn.FusedLSTM(3, 5), torch.zeros(4, 2, 3)
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_explain_knows_the_type(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16-bit types torch.nn's kernels take those for which the CPU has instructions."""
+    monkeypatch.setattr(native, "_multiplies", lambda dtype: multiplies)
+    layer, x = fused_rnn.FusedLSTM(3, 5), torch.zeros(16, 2, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert "not for torch.bfloat16" in str(fused_rnn.explain(layer, x))
+        assert fused_rnn.explain(layer, x)[0].backend == ("native" if multiplies else "cpu")
+    assert fused_rnn.explain(layer, x)[0].backend == "native"
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])

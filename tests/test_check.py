@@ -108,7 +108,12 @@ def test_the_planner_takes_the_regime_of_a_row(gpu: int | str, how: dict[str, bo
     for row in rows:
         set_precision(row.precision)
         layer = CELLS[row.cell][1](
-            row.I, row.H, dtype=DTYPES[row.dtype], device="meta", **CELLS[row.cell][2]
+            row.I,
+            row.H,
+            dtype=DTYPES[row.dtype],
+            device="meta",
+            backend=row.backend,
+            **CELLS[row.cell][2],
         )
         x = torch.empty(row.T, row.B, row.I, dtype=DTYPES[row.dtype], device="meta")
         (found,) = explain(layer, x, gpu)
@@ -158,15 +163,15 @@ def test_wrong_and_unrepeatable_rows(capsys: pytest.CaptureFixture[str]) -> None
     assert right["state"] == "green"
     assert all(right[speed] > 0 for speed in SPEEDS)
     # What ran is what explain says, not what was wanted.
-    assert (wrong["wanted"], wrong["ran"]) == ("persistent", "sweeps")
-    assert wrong["reason"].startswith("layer 0: cpu: sweeps of PyTorch calls")
+    assert (wrong["wanted"], wrong["ran"]) == ("persistent", "native")
+    assert wrong["reason"].startswith("layer 0: native: torch.nn's own kernels")
 
     text = io.StringIO()
     report.show(found, Console(file=text, width=100))
     lines = text.getvalue().splitlines()
     (line,) = (line for line in lines if line.startswith(" rnn_tanh  fp32"))
-    assert "sweeps, not" in line
-    assert "rnn_tanh fp32 persistent H=4: not checked, sweeps ran:" in lines
+    assert "native, not" in line
+    assert "rnn_tanh fp32 persistent H=4: not checked, native ran:" in lines
     assert line.rstrip().endswith("WRONG")
     assert sum(line.startswith(" lstm") for line in lines) == 2  # its numbers, its speed
     assert sum(line.startswith(" gru") for line in lines) == 1
@@ -183,8 +188,8 @@ def test_hangs_and_crashes_and_exceptions(capsys: pytest.CaptureFixture[str]) ->
     assert refused["why"] == "FAILED: RuntimeError: refused"
     for row in found["rows"]:
         assert row["state"] == "red"
-        assert row["ran"] in ("sweeps", "oneDNN")  # known before it ran
-        assert row["reason"].startswith("layer 0: cpu: ")
+        assert row["ran"] == "native"  # known before it ran
+        assert row["reason"].startswith("layer 0: native: ")
         assert all(row[speed] is None for speed in SPEEDS)
 
 
@@ -391,7 +396,7 @@ def test_quick_json() -> None:
         assert row["ran"] == row["wanted"], row
         timed = row["timed_steps"] > 0
         assert all((row[speed] is not None) is timed for speed in SPEEDS)
-    assert {row["ran"] for row in found["rows"]} >= {"sweeps", "oneDNN"}
+    assert {row["ran"] for row in found["rows"]} >= {"sweeps", "native"}
 
 
 @pytest.mark.slow
@@ -403,7 +408,7 @@ def test_the_table() -> None:
     assert text.rstrip().endswith("All green.")
     shown = {tuple(line.split()[:3]) for line in text.splitlines()}
     for cell in CELLS:
-        engine = "oneDNN" if cell == "lstm" else "sweeps"
-        expected = [("fp64", "sweeps"), ("fp32", engine), ("fp16", "sweeps"), ("fp32", "eager")]
-        expected += [("bf16", "sweeps"), ("fp32", "persistent"), ("fp16", "persistent")]
+        types = ("fp64", "fp32", "fp16", "bf16")
+        expected = [(dtype, engine) for dtype in types for engine in ("sweeps", "native")]
+        expected += [("fp32", "eager"), ("fp32", "persistent"), ("fp16", "persistent")]
         assert {(cell, *what) for what in expected} <= shown

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
-from fused_rnn import cpu, explain, onednn, reference, step
+from fused_rnn import cpu, explain, native, native_stack, reference
+from fused_rnn.examples.minimal_gated_unit import FusedMGU
 
-T, B, I, H = 3, 2, 3, 4
+T, B, I, H = 16, 2, 3, 4
 
 
 @pytest.fixture
@@ -21,18 +22,18 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What has run since, a layer for an entry."""
     names: list[str] = []
 
-    def watch(module: Any, attribute: str, name: str) -> None:
+    def watch(module: Any, attribute: str, name: str, whole: bool = False) -> None:
         original = getattr(module, attribute)
 
         def spy(*args: Any, **keywords: Any) -> Any:
-            names.append(name)
+            names.extend([name] * (args[0].num_layers if whole else 1))
             return original(*args, **keywords)
 
         monkeypatch.setattr(module, attribute, spy)
 
     watch(cpu, "forward", "sweeps")
-    watch(onednn, "forward", "oneDNN")
-    watch(step, "forward", "step")
+    watch(native, "run", "native")
+    watch(native_stack, "run", "native", whole=True)
     watch(reference, "run", "loop")
     return names
 
@@ -42,11 +43,7 @@ def named(found: Any) -> Iterator[str]:
     for one in found:
         if "nothing to run" in one.reason:
             continue
-        words = {"oneDNN's fused LSTM": "oneDNN", "for a single step": "step"}
-        name = next((n for w, n in words.items() if one.reason.endswith(w)), None)
-        expected = {"oneDNN": "cpu", "step": "eager"}.get(str(name), one.backend)
-        assert one.backend == expected
-        yield name or {"cpu": "sweeps", "eager": "loop"}[one.backend]
+        yield {"cpu": "sweeps", "eager": "loop", "native": "native"}[one.backend]
 
 
 def attempt(function: Callable[[], Any]) -> Any:
@@ -61,13 +58,16 @@ def lengths(*values: int) -> dict[str, Tensor]:
     return {"lengths": torch.tensor(values)}
 
 
-RESET = {"reset": torch.tensor([[False, True], [True, False], [False, False]])}
+RESET = {"reset": torch.zeros(T, B, dtype=torch.bool).index_fill(0, torch.tensor([2, 9]), True)}
+MASK = {"mask": torch.arange(T)[:, None] < torch.tensor([T, 2])}
+LONG = PackedSequence(torch.zeros(T + 2, I), torch.tensor([2, 2] + [1] * (T - 2)))
 PACKED = PackedSequence(torch.zeros(4, I), torch.tensor([2, 1, 1]))
 PACKED_RESET = PackedSequence(torch.ones(4, dtype=torch.bool), torch.tensor([2, 1, 1]))
 x = torch.zeros(T, B, I)
 # name: (options of the layer, input, what else the call takes)
 CALLS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "plain": ({}, x, {}),
+    "short": ({}, x[:3], {}),
     "step": ({}, x[:1], {}),
     "step, recompute": ({"recompute": True}, x[:1], {}),
     "empty batch": ({}, x[:, :0], {}),
@@ -76,15 +76,17 @@ CALLS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "unbatched": ({}, x[:, 0], {}),
     "batch_first": ({"batch_first": True}, x.transpose(0, 1), {}),
     "packed": ({}, PACKED, {}),
+    "packed, long": ({}, LONG, {}),
     "packed, all alike": ({}, PackedSequence(torch.zeros(4, I), torch.tensor([2, 2])), {}),
     "packed, reset": ({}, PACKED, {"reset": PACKED_RESET}),
     "fp64": ({"dtype": torch.float64}, x.double(), {}),
     "bf16": ({"dtype": torch.bfloat16}, x.bfloat16(), {}),
-    "lengths": ({}, x, lengths(3, 1)),
-    "lengths all alike": ({}, x, lengths(3, 3)),
+    "lengths": ({}, x, lengths(T, 1)),
+    "short lengths": ({}, x, lengths(3, 1)),
+    "lengths all alike": ({}, x, lengths(T, T)),
     "lengths of a step": ({}, x, lengths(1, 1)),
     "lengths of 0": ({}, x, lengths(0, 0)),
-    "mask": ({}, x, {"mask": torch.tensor([[True, True], [True, False], [False, False]])}),
+    "mask": ({}, x, MASK),
     "reset": ({}, x, RESET),
     "both": ({"learn_h0": True}, x, RESET | lengths(3, 2)),
     "zoneout": ({"zoneout": 0.5}, x, {}),
@@ -95,7 +97,7 @@ CALLS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
 
 
 @every_layer
-@pytest.mark.parametrize("backend", ["auto", "cpu", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "native", "eager"])
 @pytest.mark.parametrize("case", CALLS)
 def test_it_names_what_runs(kind: str, backend: Any, case: str, ran: list[str]) -> None:
     options, input, call = CALLS[case]
@@ -121,8 +123,8 @@ def test_it_names_what_runs(kind: str, backend: Any, case: str, ran: list[str]) 
                 assert [e.layer for e in found] == [0, 1]
             else:
                 assert found == happened
-            if backend == "cpu":
-                assert "loop" not in ran
+            if backend in ("cpu", "native"):
+                assert set(ran) <= {"sweeps" if backend == "cpu" else "native"}
 
 
 @every_layer
@@ -146,7 +148,7 @@ def test_a_forced_backend_that_cannot_run_raises(kind: str, extra: str) -> None:
 def test_transforms(kind: str, extra: str, ran: list[str]) -> None:
     _, ours, _ = LAYERS[kind]
     layer = ours(I, H, zoneout=0.5 if extra == "zoneout" else 0.0).eval()
-    call = lengths(3, 1) if extra == "lengths" else {}
+    call = lengths(T, 1) if extra == "lengths" else {}
     said: list[str] = []
 
     def loss(x: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ def test_states_that_want_a_gradient(ran: list[str]) -> None:
 
 
 def test_lengths_on_a_cpu() -> None:
-    (found,) = explain(fused_rnn.FusedLSTM(I, H), x, lengths=torch.tensor([3, 1]))
+    (found,) = explain(fused_rnn.FusedLSTM(I, H), x, lengths=torch.tensor([T, 1]))
     assert found.backend == "cpu"
     assert found.reason.startswith("stretches as a packed batch, sweeps of PyTorch calls")
 
@@ -184,7 +186,7 @@ def test_lengths_on_a_cpu() -> None:
     [
         ({"length": 3}, TypeError, "unexpected keyword argument 'length'"),
         ({"lengths": [3, 1]}, TypeError, "lengths should be a tensor"),
-        (lengths(9, 1), ValueError, "lengths should be from 0 to 3"),
+        (lengths(99, 1), ValueError, "lengths should be from 0 to 16"),
         ({"hx": (x, x)}, TypeError, "hx should be a tensor"),
         ({"hx": torch.zeros(1, 9, H)}, RuntimeError, "Expected hidden size"),
     ],
@@ -197,7 +199,7 @@ def test_what_comes_with_the_call_is_checked(
 
 
 def test_packed_input_of_any_order() -> None:
-    packed = packer(False)(sequences([1, 3], I, torch.float32))
+    packed = packer(False)(sequences([1, T], I, torch.float32))
     assert explain(fused_rnn.FusedGRU(I, H), packed)[0].backend == "cpu"
 
 
@@ -207,3 +209,14 @@ def test_the_kernels_know_the_extras(extra: dict[str, float], triton_device: str
     call = {n: t.to(triton_device) for n, t in (RESET | lengths(3, 2)).items()}
     (found,) = explain(layer, x.to(triton_device), **call, return_cell_sequence=True)
     assert found.backend == "triton"
+
+
+def test_a_cell_that_torch_lacks(ran: list[str]) -> None:
+    """Nor has torch.nn a function for it."""
+    layer = FusedMGU(I, H)
+    for context in (nullcontext(), torch.no_grad()):
+        ran.clear()
+        with context:
+            found = list(named(explain(layer, x)))
+            layer(x)
+        assert found == ran == ["loop"]

@@ -322,7 +322,7 @@ def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
     exec(block, names)
     assert isinstance(names["output"], torch.Tensor)
     assert names["output"].shape == (50, 8, 512)
-    assert "layer 1: cpu: oneDNN" in capsys.readouterr().out
+    assert "layer 1: native: torch.nn's own kernels" in capsys.readouterr().out
 
 
 def test_only_conftest_switches_the_interpreter_on() -> None:

@@ -260,11 +260,12 @@ def test_explain_names_backend_plan_and_reason(triton_device: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (lambda: fused_rnn.FusedLSTM(3, 5), "cpu: oneDNN's fused LSTM"),
-        (lambda: fused_rnn.FusedLSTM(3, 5, proj_size=2), "not oneDNN, since it has no projection"),
-        (lambda: fused_rnn.FusedLSTM(3, 5, recompute=True), "which recompute=True forbids"),
-        (lambda: fused_rnn.FusedLSTM(3, 5).double(), "not for torch.float64"),
-        (lambda: fused_rnn.FusedGRU(3, 5), "not oneDNN, since it has no such cell"),
+        (lambda: fused_rnn.FusedLSTM(3, 5), "native: torch.nn's own kernels: oneDNN's fused LSTM"),
+        (lambda: fused_rnn.FusedLSTM(3, 5, recompute=True), "cpu: sweeps of PyTorch calls: recom"),
+        (lambda: fused_rnn.FusedLSTM(3, 5).double(), "cpu: sweeps of PyTorch calls: faster here"),
+        (lambda: fused_rnn.FusedGRU(3, 5), "cpu: sweeps of PyTorch calls: faster here"),
+        (lambda: fused_rnn.FusedGRU(3, 5, backend="native"), "own kernels: backend='native' asks"),
+        (lambda: fused_rnn.FusedGRU(3, 5, backend="cpu"), "PyTorch calls: backend='cpu' asks for"),
         (lambda: fused_rnn.FusedRNN(3, 5, backend="eager"), "eager: backend='eager' asks for it"),
         (lambda: fused_rnn.FusedGRU(3, 5, device="meta"), "not on meta"),
     ],
@@ -272,14 +273,14 @@ def test_explain_names_backend_plan_and_reason(triton_device: str) -> None:
 def test_explain_on_the_cpu(layer: Any, words: str) -> None:
     layer = layer()
     weight = layer.weight_ih_l0
-    x = torch.zeros(4, 2, 3, dtype=weight.dtype, device=weight.device)
+    x = torch.zeros(16, 2, 3, dtype=weight.dtype, device=weight.device)
     assert words in str(fused_rnn.explain(layer, x))
 
 
 @pytest.mark.parametrize("H", [1, 128, 129, 512, 1000, 1500, 2048, 4096])
 @pytest.mark.parametrize("kind", ["tanh", "gru", "lstm"])
 def test_explain_plans_every_size_for_a_gpu_that_is_not_here(kind: str, H: int) -> None:
-    layer = fuse(_plain(kind, H))
+    layer = fuse(_plain(kind, H), backend="triton")
     x = torch.zeros(4, 2, 3, dtype=torch.bfloat16, device="meta")
     for gpu in (80, 86, 89, 90, 100, 120):
         (found,) = fused_rnn.explain(layer, x, gpu)
@@ -299,7 +300,7 @@ def test_explain_says_why_a_gpu_does_not_run_it() -> None:
     x = torch.zeros(4, 2, 3)
     assert "proj_size" in str(fused_rnn.explain(fused_rnn.FusedLSTM(3, 5, proj_size=2), x, 90))
     text = str(fused_rnn.explain(fused_rnn.FusedLSTM(3, 512), x, "gfx942"))
-    assert "eager: no fused kernel" in text
+    assert "native: torch.nn's own kernels: no fused kernel" in text
     assert "a group of programs cannot run here" in text
     with pytest.raises(ValueError, match="gpu 70 is not known"):
         fused_rnn.explain(fused_rnn.FusedLSTM(3, 5), x, 70)

@@ -113,9 +113,7 @@ def ran(backend: str, reason: str) -> str:
     """The regime or the engine that ``explain`` names."""
     if backend == "triton":
         return reason.partition(":")[0]
-    if backend == "cpu":
-        return "oneDNN" if reason.startswith("oneDNN") else "sweeps"
-    return backend
+    return "sweeps" if backend == "cpu" else backend
 
 
 def layers(row: Row) -> tuple[nn.Module, nn.Module, FusedRNNBase]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fused_rnn
-from fused_rnn import devices
+from fused_rnn import devices, native
 from fused_rnn.devices import UnknownDevice, device_limits
 from fused_rnn.dispatch import Backend
 from fused_rnn.triton_backend import refusal
@@ -55,7 +55,7 @@ class Row:
     Attributes:
         cell: a key of CELLS.
         dtype: a key of DTYPES.
-        wanted: a regime of the kernels, "sweeps" or "oneDNN" of the CPU, or "eager".
+        wanted: a regime of the kernels, "sweeps" of the CPU, "native" or "eager".
         T: time steps; also B sequences, I inputs, H hidden units.
         timed_steps: time steps where time is taken; 0 if none is.
         backend: the layer's argument.
@@ -111,13 +111,10 @@ def rows(*, quick: bool = False, every: bool = False) -> list[Row]:
     if chip is not None:
         limits = device_limits(chip)
         plan_of: PlanOf = lambda request: choose_plan(request, limits, chip)  # noqa: E731
-        return list(gpu_rows(plan_of, emulated=device != chip, quick=quick, every=every))
+        found = list(gpu_rows(plan_of, emulated=device != chip, quick=quick, every=every))
+        return found if quick or device != chip else found + list(_native_rows())
     if device.type == "cuda":
-        return [
-            Row(cell, dtype, "eager", T=32, B=16, I=64, H=128, timed_steps=64)
-            for cell in CELLS
-            for dtype in DTYPES
-        ]
+        return list(_native_rows())
     return list(_cpu_rows(quick))
 
 
@@ -149,7 +146,7 @@ def gpu_rows(
                 I=16 if quick else 64,
                 H=H,
                 timed_steps=0 if emulated else 512,
-                backend="triton" if emulated else "auto",  # which leaves CPU tensors to the CPU
+                backend="triton",  # auto may find torch.nn's own faster
             )
             if _regime(plan_of, row) == regime:
                 return row
@@ -179,15 +176,27 @@ def _regime(plan_of: PlanOf, row: Row) -> str | None:
         return None
 
 
+def _native_rows() -> Iterator[Row]:
+    """torch.nn's own kernels on a GPU, as :mod:`fused_rnn.native` calls them."""
+    for cell in CELLS:
+        for dtype in DTYPES:
+            size: dict[str, Any] = {"T": 32, "B": 16, "I": 64, "H": 128, "timed_steps": 256}
+            yield Row(cell, dtype, "native", backend="native", **size)
+
+
 def _cpu_rows(quick: bool) -> Iterator[Row]:
-    """The engines that ``auto`` chooses, and the eager loop, which defines every result."""
-    size: dict[str, Any] = {"T": 8, "B": 8, "I": 32, "H": 64, "timed_steps": 64}
+    """What ``auto`` chooses to train, with its times, and what it does not."""
+    size: dict[str, Any] = {"T": native.SHORT, "B": 8, "I": 32, "H": 64}
     for cell in CELLS:
         for dtype in ("fp32",) if quick else ("fp64", "fp32", "fp16", "bf16"):
-            engine = "oneDNN" if (cell, dtype) == ("lstm", "fp32") else "sweeps"
-            yield Row(cell, dtype, engine, **size)
+            sizes = DTYPES[dtype], size["T"], size["B"], size["H"]
+            suits = native.suits(cell, *sizes, ragged=False, projected=False, train=True)
+            taken, other = ("native", "sweeps") if suits else ("sweeps", "native")
+            yield Row(cell, dtype, taken, timed_steps=64, **size)
+            backend: Backend = "native" if other == "native" else "cpu"
+            yield Row(cell, dtype, other, timed_steps=0, backend=backend, **size)
         if not quick:
-            yield Row(cell, "fp32", "eager", backend="eager", **size)
+            yield Row(cell, "fp32", "eager", timed_steps=0, backend="eager", **size)
 
 
 def _interpreter_rows(quick: bool) -> Iterator[Row]:

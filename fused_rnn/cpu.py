@@ -1,31 +1,22 @@
 """The CPU engine: hand-written BPTT with as few PyTorch calls per time step as possible.
 
 At the sizes that run on a CPU, a step is one small matrix product and a handful of calls, and the
-calls are what torch.nn's own loop loses its time to. Back-propagation, besides, is a *linear*
-recurrence in (dh, dc) whose coefficients the forward sweep already determines: they are formed for
-many steps at once, and only their product with the gradient is left to the step.
+calls are what torch.nn's own loop, with autograd's records of each, loses its time to in training.
+See :mod:`fused_rnn.cpu_sweep`.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_rnn.cpu_elman import ElmanSweep
-from fused_rnn.cpu_gated import GatedSweep
-from fused_rnn.cpu_gated_cells import GATED_CELLS
+from fused_rnn.cpu_cells import SWEEPS
 from fused_rnn.problem import Grads, Layer, OutputGrads, Outputs, Saved, Specs
 
-CELLS = frozenset({"rnn_tanh", "rnn_relu", *GATED_CELLS})  # by name
+CELLS = frozenset(SWEEPS)  # by name
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """16-bit types run in fp32: accurate, and faster on CPUs without 16-bit matrix units."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _sweep(layer: Layer) -> Any:
-    return GatedSweep if layer.cell.name in GATED_CELLS else ElmanSweep
 
 
 def forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
@@ -36,7 +27,7 @@ def forward(layer: Layer, inputs: Saved, save: bool) -> tuple[Outputs, Saved]:
     h_n, c_n = torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)
     saved: list[Tensor | None] = []
     for d, w in enumerate(layer.unflatten(flat)):
-        sweep = _sweep(layer)(
+        sweep = SWEEPS[layer.cell.name](
             layer=layer,
             reverse=d == 1,
             x=x,
@@ -56,9 +47,9 @@ def saved_specs(layer: Layer, inputs: Saved) -> Specs:
     assert x is not None
     assert w_hh is not None
     H = w_hh.shape[0] // layer.cell.gates
-    sizes = _sweep(layer).saved_sizes(layer, x.shape[0], H)
+    shapes = SWEEPS[layer.cell.name].saved_shapes(layer, x.shape[0], H)
     dtype = compute_dtype(x.dtype)
-    return tuple(None if n is None else ((n,), dtype) for n in sizes) * layer.directions
+    return tuple([None if s is None else (s, dtype) for s in shapes]) * layer.directions
 
 
 def backward(
@@ -83,7 +74,7 @@ def backward(
     dflat: list[Tensor | None] = []
     for d, w in enumerate(layer.unflatten(flat)):
         columns = slice(d * R, (d + 1) * R)
-        sweep = _sweep(layer)(
+        sweep = SWEEPS[layer.cell.name](
             layer=layer,
             reverse=d == 1,
             x=x,

@@ -1,27 +1,13 @@
 """Where the rows of each time step lie: one layout for uniform and for variable-length batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive steps of one batch size: ``steps`` times ``batch`` rows from row ``first``."""
-
-    steps: int
-    batch: int
-    first: int
-
-    @property
-    def span(self) -> slice:
-        """Its rows."""
-        return slice(self.first, self.first + self.steps * self.batch)
 
 
 @dataclass(frozen=True)
@@ -75,21 +61,6 @@ class Rows:
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Views of ``tensor`` [N, ...], one per time step."""
         return torch.split(tensor, self.B if self.batch_sizes is None else list(self.batch_sizes))
-
-    def chunks(self, rows: int) -> Iterator[Chunk]:
-        """Cut time wherever the batch size changes, and into pieces of about ``rows`` rows."""
-        if self.batch_sizes is None:
-            runs = [(self.B, self.T)]
-        else:
-            runs = [(batch, len(list(same))) for batch, same in groupby(self.batch_sizes)]
-        first = 0
-        for batch, left in runs:
-            longest = max(1, -(-rows // batch))
-            while left:
-                steps = min(left, longest)
-                yield Chunk(steps, batch, first)
-                first += steps * batch
-                left -= steps
 
     def previous(self, state: Tensor, initial: Tensor, reverse: bool) -> Tensor:
         """The state [N, H] that each row's step started from, as a copy.

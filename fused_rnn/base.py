@@ -106,7 +106,7 @@ class FusedRNNBase(nn.Module):
         self.clip_recurrent_grad = clip_recurrent_grad
         self._make_layout()
 
-        for name, size in zip(*self._order, strict=True):
+        for name, size in zip(*self._order[:2], strict=True):
             parameter = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
         if learn_h0:
@@ -237,9 +237,12 @@ class FusedRNNBase(nn.Module):
             self.proj_size,
         )
         flat = [e for layer in self._layout for d in layer for e in d if e is not None]
+        # What a call reads first: names and sizes, rows and widths of the states.
         self._order = (
             [name for name, _ in flat],
             [torch.Size(size) for _, size in flat],
+            self.num_layers * self._directions,
+            self._state_widths,
         )
 
     def extra_repr(self) -> str:

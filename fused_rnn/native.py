@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fused_rnn.cells import BY_NAME
 from fused_rnn.problem import Grads, Layer, OutputGrads, Outputs, Saved
 from fused_rnn.rows import Rows
 
@@ -218,9 +219,11 @@ _AUTOGRAD: Any = torch._C.DispatchKey.AutogradFunctionality
 
 # ---- where it is the faster one: on a CPU -------------------------------------------------------
 
-SHORT = 16  # steps, below which setting up our sweeps costs more than they save
-SMALL = 512  # hidden units of all sequences, below which that holds even for emulated products
+# Steps below which setting up our sweeps costs more than they save: of an RNN, of a gated cell.
+SHORT = {1: 20, 3: 12, 4: 12}
 WIDE = 4096  # hidden units of all sequences, from which products in 16 bits pay
+# Hidden units of all steps and sequences below which the same holds for emulated products.
+TINY_INFERENCE, TINY_TRAINING = 4096, 2048
 
 
 def suits(
@@ -250,12 +253,14 @@ def suits(
         train: whether a gradient may be asked for.
     """
     if not multiplies(dtype):  # our sweeps multiply in fp32, and round less
-        tiny = T is not None and T < SHORT and B * H < SMALL
+        size = TINY_TRAINING if T is None else T * B * H
+        tiny = size < (TINY_TRAINING if train else TINY_INFERENCE)
         return "faster where the call is so small" if tiny else None
     if not train:
         return "faster in inference"
-    if T is not None and T < SHORT:
-        return f"faster below {SHORT} steps"
+    short = SHORT[BY_NAME[cell].gates]
+    if T is not None and short > T:
+        return f"faster below {short} steps"
     if ragged:
         return None
     if cell == "lstm" and not projected and dtype != torch.float64 and onednn():

@@ -56,43 +56,57 @@ def prepare(layer: "FusedRNNBase", input: Any, hx: Any) -> Call | None:
         or torch._C._len_torch_dispatch_stack()  # a counter of FLOPs, or a tracer
     ):
         return None
-    weights = _weights(layer)
-    packed = type(input) is PackedSequence
-    x: Any = input.data if packed else input
-    if weights is None or not isinstance(x, Tensor) or not x.is_cpu:
+    names, sizes, count, widths = layer._order
+    own = layer._parameters
+    try:
+        weights: Any = [own[name] for name in names]
+    except KeyError:  # a parametrization computes it
         return None
     w, dtype = weights[0], None
+    packed = type(input) is PackedSequence
+    x: Any = input.data if packed else input
+    if not isinstance(x, Tensor) or not x.is_cpu or [p.shape for p in weights] != sizes:
+        return None
     if torch.is_autocast_enabled("cpu"):
         dtype = autocast_dtype(x)
-    if x.dtype is not w.dtype and (dtype is None or w.dtype is torch.float64):
+    kind = w.dtype
+    if x.dtype is not kind and (dtype is None or kind is torch.float64):
         return None
-    dims, steps, batch = x.dim(), int(layer.batch_first), 1 - int(layer.batch_first)
-    if x.shape[-1:] != w.shape[1:] or x.numel() == 0 or dims not in ((2,) if packed else (2, 3)):
+    if not all([p.dtype is kind and p.is_cpu for p in weights]):
+        return None
+    shape = x.shape
+    dims = len(shape)
+    if shape[-1:] != sizes[0][1:] or x.numel() == 0 or not 1 < dims < (3 if packed else 4):
         return None
     if packed:
         rows = packed_rows(input)
         T, B, ragged = rows.T, rows.B, rows.batch_sizes is not None
+    elif dims == 2:
+        x, T, B, ragged = x.unsqueeze(0 if layer.batch_first else 1), shape[0], 1, False
     else:
-        x = x.unsqueeze(batch) if dims == 2 else x
-        T, B, ragged = x.shape[steps], x.shape[batch], False
-    states = _states(layer, x, hx, B, unbatched=not packed and dims == 2, cast=dtype is not None)
-    if states is None:
-        return None
-    train = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *states, *weights)])
+        T, B, ragged = shape[layer.batch_first], shape[not layer.batch_first], False
+    if hx is None:
+        h0 = x.new_zeros(count, B, widths[0])
+        states: tuple[Tensor, ...] = (h0,)
+        if len(widths) == 2:
+            states = h0, h0 if widths[0] == widths[1] else x.new_zeros(count, B, widths[1])
+    else:
+        expected = [torch.Size((count, B, width)) for width in widths]
+        unbatched = not packed and dims == 2
+        checked = _checked(x, hx, expected, unbatched=unbatched, cast=dtype is not None)
+        if checked is None:
+            return None
+        states = checked
+    train = torch.is_grad_enabled() and (
+        w.requires_grad or any([t.requires_grad for t in (x, *states, *weights)])
+    )
     if train and layer.recompute:
         return None
     reason: str | None = "backend='native' asks for it"
     if layer.backend == "auto":
-        reason = native.suits(
-            layer._cell.name,
-            dtype or x.dtype,
-            T,
-            B,
-            layer.hidden_size,
-            ragged=ragged,
-            projected=layer.proj_size > 0,
-            train=train,
-        )
+        how = (layer._cell.name, dtype or kind, T, B, layer.hidden_size)
+        projected = layer.proj_size > 0
+        reason = native.suits(*how, ragged=ragged, projected=projected, train=train)
     if reason is None:
         return None
     if dtype is not None:
@@ -103,33 +117,10 @@ def prepare(layer: "FusedRNNBase", input: Any, hx: Any) -> Call | None:
     return Call(reason, x, states, weights, dtype is not None)
 
 
-def _weights(layer: "FusedRNNBase") -> list[Tensor] | None:
-    """The parameters in torch.nn's order; None if one is computed, or not of the common kind."""
-    names, sizes = layer._order
-    own = layer._parameters
-    try:
-        found: Any = [own[name] for name in names]
-    except KeyError:  # a parametrization computes it
-        return None
-    dtype = found[0].dtype
-    kind = all([p.dtype is dtype and p.is_cpu for p in found])
-    if not kind or [p.shape for p in found] != sizes:
-        return None
-    weights: list[Tensor] = found
-    return weights
-
-
-def _states(
-    layer: "FusedRNNBase", x: Tensor, hx: Any, B: int, *, unbatched: bool, cast: bool
+def _checked(
+    x: Tensor, hx: Any, sizes: list[torch.Size], *, unbatched: bool, cast: bool
 ) -> tuple[Tensor, ...] | None:
-    """The initial states [L*D, B, .]; None if something is wrong with those given."""
-    count = layer.num_layers * layer._directions
-    sizes = [(count, B, width) for width in layer._state_widths]
-    if hx is None:
-        zeros = x.new_zeros(sizes[0])
-        if len(sizes) == 1:
-            return (zeros,)
-        return zeros, zeros if sizes[0] == sizes[1] else x.new_zeros(sizes[1])
+    """The given initial states [L*D, B, .]; None if something is wrong with them."""
     if type(hx) is not tuple or len(hx) != len(sizes):
         return None
     found = []

@@ -186,7 +186,7 @@ def _native_rows() -> Iterator[Row]:
 
 def _cpu_rows(quick: bool) -> Iterator[Row]:
     """What ``auto`` chooses to train, with its times, and what it does not."""
-    size: dict[str, Any] = {"T": native.SHORT, "B": 8, "I": 32, "H": 64}
+    size: dict[str, Any] = {"T": max(native.SHORT.values()), "B": 8, "I": 32, "H": 64}
     for cell in CELLS:
         for dtype in ("fp32",) if quick else ("fp64", "fp32", "fp16", "bf16"):
             sizes = DTYPES[dtype], size["T"], size["B"], size["H"]

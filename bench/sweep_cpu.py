@@ -44,6 +44,7 @@ PACKED, TWO_LAYERS, TWO_DIRECTIONS = 1 / 3, 1 / 4, 1 / 4  # shares, too
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 1e-1, "fp16": 1e-2}
 QUANTILES = {"least": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95}
 WORST = 10
+TICKS = [2.0**n for n in range(-10, 11)]  # of the histograms
 AGAIN = "torch.nn, again"
 
 
@@ -273,7 +274,7 @@ def _edges(ratios: Sequence[float]) -> list[float]:
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
-    """A histogram of the random cases' ratios for each mode and number of threads."""
+    """A histogram for each mode and number of threads: of the random cases, if there are any."""
     from matplotlib.figure import Figure
 
     found = [pair for pair in pairs(lines) if pair.ours.shapes == "random"] or pairs(lines)
@@ -281,6 +282,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     figure = Figure(figsize=(1 + 3.2 * len(columns), 3.6), layout="constrained")
     axes = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
     edges = _edges([pair.ours.ratio for pair in found])
+    ticks = [tick for tick in TICKS if edges[0] <= tick <= edges[-1]]
     for ax, column in zip(axes, columns, strict=True):
         mine = [pair for pair in found if pair.column == column]
         parts = {
@@ -291,6 +293,8 @@ def plot(lines: Sequence[Line], path: Path) -> None:
         ax.axvline(1, color="black", linewidth=1)
         who = mine[0].ours.provider
         ax.set(xscale="log", title=column, xlabel=f"torch.nn's time over that of {who}")
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xticks([], minor=True)
     axes[0].set_ylabel("cases")
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=120)

@@ -20,7 +20,7 @@ class Provider:
 
     Attributes:
         name: what its lines are called.
-        exact: whether it does all that torch.nn's layer does, two directions and packed inputs.
+        exact: whether it does all that torch.nn's layer does: two directions, packed, stacks.
         loops: whether its time loop can be called without the input's product.
     """
 
@@ -37,6 +37,8 @@ class Provider:
             return "it has one head"
         if not self.exact and (case.bidirectional or case.packed):
             return "it has one direction and one length"
+        if not self.exact and case.layers > 1:
+            return "it has one layer"
         return None
 
     def detail(self, case: Case, device: torch.device) -> str:

@@ -43,6 +43,7 @@ class Case:
             modes without the input's product know more than one.
         bidirectional: two directions.
         packed: lengths are drawn from 1 to T, instead of T for all.
+        layers: layers on top of each other; the rooflines and the kernels' bytes know one.
     """
 
     cell: str
@@ -54,6 +55,7 @@ class Case:
     heads: int = 1
     bidirectional: bool = False
     packed: bool = False
+    layers: int = 1
 
     @property
     def directions(self) -> int:
@@ -66,12 +68,13 @@ class Case:
     def __str__(self) -> str:
         text = f"{self.cell} {self.dtype} T={self.T} B={self.B} I={self.I} H={self.H}"
         text += f" heads={self.heads}" if self.heads > 1 else ""
+        text += f" layers={self.layers}" if self.layers > 1 else ""
         return text + " bidirectional" * self.bidirectional + " packed" * self.packed
 
     def layer(self, device: torch.device) -> nn.RNNBase:
         """torch.nn's layer, whose parameters all providers take over."""
         kind, extra = LAYERS[self.cell]
-        how: dict[str, Any] = extra | {"bidirectional": self.bidirectional}
+        how = extra | {"bidirectional": self.bidirectional, "num_layers": self.layers}
         return kind(self.I, self.H, device=device, dtype=self.torch_dtype, **how)
 
     def input(self, device: torch.device) -> Tensor | PackedSequence:

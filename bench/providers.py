@@ -86,8 +86,8 @@ class Fused(Provider):
 
     def why_not(self, case: Case, mode: str, device: torch.device) -> str | None:
         sweep = mode.startswith("sweep")
-        if sweep and (case.packed or case.bidirectional or self.recompute):
-            return "sweeps alone are timed for one direction, one length, saved gates"
+        if sweep and (case.packed or case.bidirectional or case.layers > 1 or self.recompute):
+            return "sweeps alone are timed for one direction, one length, one layer, saved gates"
         if (sweep or self.regime) and devices.kernel_device(device) is None:
             return "the kernels need a GPU"
         if (sweep or self.regime) and self.plan(case, device) is None:
@@ -99,7 +99,8 @@ class Fused(Provider):
         if plan is not None and (self.regime or device.type == "cuda" or case.heads > 1):
             return str(plan) + "; in Triton's interpreter" * (device.type == "cpu")
         layer: Any = fused_rnn.fuse(case.layer(device), recompute=self.recompute)
-        return fused_rnn.explain(layer, case.input(device))[0].reason
+        reasons = (found.reason for found in fused_rnn.explain(layer, case.input(device)))
+        return " and ".join(dict.fromkeys(reasons))  # of the layers of a stack
 
     def layer(self, plain: nn.RNNBase, case: Case) -> tuple[nn.Module, Forward]:
         fused = fused_rnn.fuse(plain, recompute=self.recompute)

@@ -61,6 +61,8 @@ class Line:
         limit: what bounds a step from below, see `bench.roofline`; None on a CPU.
         limit_us: by how many microseconds.
         fraction: the limit over the time of a step: 1 is the best possible.
+        layers: see `cases.Case`; lines from before there was a choice have one.
+        seed: of the set of cases, None where they are not random.
     """
 
     machine: Machine
@@ -89,6 +91,8 @@ class Line:
     limit: str | None = None
     limit_us: float | None = None
     fraction: float | None = None
+    layers: int = 1
+    seed: int | None = None
 
     @property
     def step_us(self) -> float:
@@ -100,6 +104,7 @@ class Line:
         """The case, without its cell and type."""
         text = f"{self.T}, {self.B}, {self.I}, {self.H}"
         text += f", {self.heads} heads" if self.heads > 1 else ""
+        text += f", {self.layers} layers" if self.layers > 1 else ""
         return text + ", bidirectional" * self.bidirectional + ", packed" * self.packed
 
 

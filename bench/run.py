@@ -33,6 +33,8 @@ from fused_rnn.examples.common import default_device, device, require
 
 INPUTS = 3  # that take turns, so that nobody profits from a cache that holds the last one
 Skip = Callable[[str, str, Case], None]
+# Looks at a case, the outputs and the calls of the contenders, before these are timed.
+Check = Callable[[Case, dict[str, torch.Tensor], dict[str, timing.Run]], None]
 
 
 def contender(
@@ -50,21 +52,20 @@ def contender(
     plain = case.layer(device)
     xs = [provider.input(case.input(device)) for _ in range(INPUTS)]
     module, forward = provider.layer(plain, case)
-    first = forward(xs[0])
-    dout = torch.randn_like(first)
-    turn = itertools.cycle(xs)
+    outs = [forward(x).detach() for x in xs]  # packed ones have numbers of rows of their own
+    turn = itertools.cycle([(x, torch.randn_like(out)) for x, out in zip(xs, outs, strict=True)])
 
     def infer() -> object:
         with torch.no_grad():
-            return forward(next(turn))
+            return forward(next(turn)[0])
 
     def train() -> object:
-        x = next(turn)
+        x, dout = next(turn)
         data = x.data if isinstance(x, PackedSequence) else x
         return torch.autograd.grad(forward(x), [data, *module.parameters()], dout)
 
     saved = saved_by(module, lambda: forward(xs[0])) / 2**20
-    return (train if mode == "train" else infer), provider.output(first.detach()), saved
+    return (train if mode == "train" else infer), provider.output(outs[0]), saved
 
 
 def measure(
@@ -76,12 +77,13 @@ def measure(
     seconds: float,
     skip: Skip,
     turns: int = 6,
+    check: Check | None = None,
 ) -> Iterator[records.Line]:
     """The lines of one case in one mode."""
     device = torch.device(machine.device)
     runs: dict[str, timing.Run] = {}
     facts: dict[str, dict[str, Any]] = {}
-    reference = None
+    outputs: dict[str, torch.Tensor] = {}
     for provider in providers:
         if reason := provider.why_not(case, mode, device):
             skip(provider.name, reason, case)
@@ -91,11 +93,12 @@ def measure(
         except Exception as error:  # one contender's failure is not the other ones'
             skip(provider.name, f"FAILED, {type(error).__name__}: {error}".split("\n")[0], case)
             continue
-        if provider.name == "torch.nn":
-            reference = out
-        fact: dict[str, Any] = {"detail": provider.detail(case, device), "saved_mib": saved}
-        if out is not None and reference is not None:
-            fact["difference"] = (out.double() - reference.double()).abs().max().item()
+        with torch.set_grad_enabled("train" in mode):  # what runs may depend on it
+            fact: dict[str, Any] = {"detail": provider.detail(case, device), "saved_mib": saved}
+        if out is not None:
+            outputs[provider.name] = out
+            if (reference := outputs.get("torch.nn")) is not None:
+                fact["difference"] = (out.double() - reference.double()).abs().max().item()
         if device.type == "cuda":
             fact["bounds"] = roofline.bounds(
                 case, mode, device_limits(device), provider.plan(case, device)
@@ -103,6 +106,8 @@ def measure(
         runs[provider.name], facts[provider.name] = run, fact
     if not runs:
         return
+    if check is not None:
+        check(case, outputs, runs)
     name, once = timing.timer(device)
     for provider_name, times in timing.interleaved(runs, seconds, once, turns).items():
         fact = facts[provider_name]

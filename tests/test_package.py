@@ -185,6 +185,9 @@ def test_help_needs_no_extra(
         ("bench.learning", "tqdm"),
         ("bench.learning --plot plot.png", "matplotlib"),
         ("bench.report --plots plots", "matplotlib"),
+        ("bench.sweep_cpu", "tqdm"),
+        ("bench.sweep_cpu --plot plot.png", "tqdm, matplotlib"),
+        ("bench.sweep_cpu --read lines.jsonl --plot plot.png", "matplotlib"),
     ],
 )
 def test_a_missing_extra_is_one_line(

@@ -176,7 +176,7 @@ def _here(problem: _Problem, H: int, projected: bool, backend: Backend) -> tuple
         choice = choose(layer, *what)
         return choice.backend, choice.reason
     prefix = ""
-    if backend in ("auto", "cpu") and stretches_suit(layer, masks, device):
+    if backend in ("auto", "cpu", "native") and stretches_suit(layer, masks, device):
         stretches = Stretches.of(layer.rows, masks)
         if stretches is None:
             return "eager", "all lengths are 0: there is nothing to run"

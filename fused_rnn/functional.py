@@ -116,7 +116,7 @@ def _run(
     if rows.B == 0:
         return _nothing(rows, directions, more, inputs)
     layer = Layer(cell, rows, directions, recompute, more, from_zero)
-    if more is not None and backend in ("auto", "cpu") and not transforms.active():
+    if more is not None and backend in ("auto", "cpu", "native") and not transforms.active():
         found = _by_stretches(layer, inputs, backend)
         if found is not None:
             return found

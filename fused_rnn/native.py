@@ -28,6 +28,7 @@ FUNCTIONS: dict[str, Any] = {
     "gru": torch._VF.gru,
     "lstm": torch._VF.lstm,
 }
+MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}  # cuDNN's numbers for them
 DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})  # the types for which PyTorch has kernels
 MOST_STEPS = 65_535  # of one call of cuDNN (https://github.com/pytorch/pytorch/issues/133751)
 
@@ -84,7 +85,7 @@ def run(layer: Layer, inputs: Saved, train: bool = False) -> Outputs:
         piece = sizes[t : t + most]
         n, running = sum(piece), piece[0]
         mine = x if n == rows.N else x[first : first + n]
-        ragged = torch.tensor(piece) if rows.batch_sizes is not None else None
+        ragged = None if rows.batch_sizes is None else piece
         entering = tuple([s[:, :running] for s in states]) if running < rows.B else states
         out, *new = _call(layer, mine, ragged, len(piece), entering, weights, train)
         if running < rows.B:  # the others have ended
@@ -98,31 +99,34 @@ def run(layer: Layer, inputs: Saved, train: bool = False) -> Outputs:
 def _call(
     layer: Layer,
     x: Tensor,
-    batch_sizes: Tensor | None,
+    sizes: tuple[int, ...] | None,
     T: int,
     states: tuple[Tensor, ...],
     weights: list[Tensor],
     train: bool,
 ) -> tuple[Tensor, ...]:
-    """``out`` and the final states of one call, for rows ``x`` of ``T`` steps."""
+    """``out`` and the final states of one call, for rows ``x`` of ``T`` steps.
+
+    ``sizes`` are the rows of each, None where all own as many.
+    """
     bias, two = len(weights) // layer.directions >= 4, layer.directions == 2
-    if batch_sizes is None:
+    if sizes is None:
         x = x.reshape(T, -1, x.shape[-1])
     if x.is_cuda and torch.cudnn_is_acceptable(x):
-        return _cudnn(layer, x, batch_sizes, states, weights, bias, train)
+        return _cudnn(layer, x, sizes, states, weights, bias, train)
     hx = states if len(states) == 2 else states[0]
     call, how = FUNCTIONS[layer.cell.name], (bias, 1, 0.0, train, two)
-    if batch_sizes is None:
+    if sizes is None:
         out, *final = call(x, hx, weights, *how, False)
         return out.flatten(0, 1), *final
-    found: tuple[Tensor, ...] = call(x, batch_sizes, hx, weights, *how)
+    found: tuple[Tensor, ...] = call(x, torch.tensor(sizes), hx, weights, *how)
     return found
 
 
 def _cudnn(
     layer: Layer,
     x: Tensor,
-    batch_sizes: Tensor | None,
+    sizes: tuple[int, ...] | None,
     states: tuple[Tensor, ...],
     weights: list[Tensor],
     bias: bool,
@@ -139,7 +143,7 @@ def _cudnn(
         None,
         states[0].contiguous(),
         states[1].contiguous() if len(states) == 2 else None,
-        torch.backends.cudnn.rnn.get_cudnn_mode(layer.cell.name.upper()),
+        MODES[layer.cell.name],
         weights[0].shape[0] // layer.cell.gates,
         states[0].shape[-1] if len(weights) // layer.directions == (5 if bias else 3) else 0,
         1,
@@ -147,10 +151,10 @@ def _cudnn(
         0.0,
         train,
         layer.directions == 2,
-        [] if batch_sizes is None else batch_sizes.tolist(),
+        list(sizes or ()),
         None,
     )
-    out = out if batch_sizes is not None else out.flatten(0, 1)
+    out = out.flatten(0, 1) if sizes is None else out
     return (out, h_n, c_n) if len(states) == 2 else (out, h_n)
 
 

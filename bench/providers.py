@@ -59,13 +59,16 @@ class CompiledLoop(Provider):
 
 
 class Fused(Provider):
-    """fused_rnn: as it chooses by itself, or by the best plan of one regime."""
+    """fused_rnn: as it chooses, by the best plan of one regime, or on torch.nn's kernels."""
 
     loops = True
 
-    def __init__(self, regime: str | None = None, recompute: bool = False) -> None:
-        self.regime, self.recompute = regime, recompute
+    def __init__(
+        self, regime: str | None = None, recompute: bool = False, native: bool = False
+    ) -> None:
+        self.regime, self.recompute, self.native = regime, recompute, native
         self.name = "fused_rnn" + (f" {regime}" if regime else "") + " recompute" * recompute
+        self.name += " native" * native
 
     def plan(self, case: Case, device: torch.device) -> Plan | None:
         """Of the regime, or the one that is taken by itself; None if there is none."""
@@ -86,6 +89,8 @@ class Fused(Provider):
 
     def why_not(self, case: Case, mode: str, device: torch.device) -> str | None:
         sweep = mode.startswith("sweep")
+        if sweep and self.native:
+            return "torch.nn's kernels are timed with the products around them"
         if sweep and (case.packed or case.bidirectional or case.layers > 1 or self.recompute):
             return "sweeps alone are timed for one direction, one length, one layer, saved gates"
         if (sweep or self.regime) and devices.kernel_device(device) is None:
@@ -96,14 +101,16 @@ class Fused(Provider):
 
     def detail(self, case: Case, device: torch.device) -> str:
         plan = self.plan(case, device)
-        if plan is not None and (self.regime or device.type == "cuda" or case.heads > 1):
+        if plan is not None and (self.regime or case.heads > 1):
             return str(plan) + "; in Triton's interpreter" * (device.type == "cpu")
-        layer: Any = fused_rnn.fuse(case.layer(device), recompute=self.recompute)
+        backend: Any = "native" if self.native else "auto"
+        layer: Any = fused_rnn.fuse(case.layer(device), backend=backend, recompute=self.recompute)
         reasons = (found.reason for found in fused_rnn.explain(layer, case.input(device)))
         return " and ".join(dict.fromkeys(reasons))  # of the layers of a stack
 
     def layer(self, plain: nn.RNNBase, case: Case) -> tuple[nn.Module, Forward]:
-        fused = fused_rnn.fuse(plain, recompute=self.recompute)
+        backend: Any = "native" if self.native else "auto"
+        fused = fused_rnn.fuse(plain, backend=backend, recompute=self.recompute)
         if self.regime is None:
             return fused, first(fused)
         fused.backend = "triton"  # type: ignore[assignment]
@@ -132,6 +139,7 @@ PROVIDERS: dict[str, Provider] = {
         Fused("cooperative"),
         Fused("streamed"),
         Fused(recompute=True),
+        Fused(native=True),
         CompiledLoop(),
         FlashRNN(),
         FlashRNN("cuda_fused"),

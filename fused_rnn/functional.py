@@ -49,7 +49,7 @@ def rnn_layer(
         c0: initial cell state [D, B, H], or None for a cell without one.
         weights: parameters of each of the D directions; the second one sweeps in reverse.
         rows: where the rows of each time step lie.
-        backend: "auto", "triton", "cpu" or "eager".
+        backend: "auto", "triton", "cpu", "native" (torch.nn's own kernels) or "eager".
         recompute: save only the states for backward and compute the gates a second time.
         from_zero: the initial states are zeros; saves a product in backward.
         lengths: steps of each sequence of a uniform batch, int64 [B].

@@ -17,7 +17,7 @@ class FusedRNN(FusedRNNBase):
     Args:
         *args: as ``nn.RNN``.
         nonlinearity: "tanh" or "relu".
-        backend: "auto", "triton", "cpu" or "eager".
+        backend: "auto", "triton", "cpu", "native" (torch.nn's own kernels) or "eager".
         recompute: save only h (and c) for backward and compute the gates a second time.
         zoneout: probability that a unit keeps its state for a step (h, and the LSTM's c on its
             own, Krueger et al. 2017, arXiv:1606.01305); without training, the expectation is
@@ -90,7 +90,7 @@ class FusedGRU(FusedRNNBase):
 
     Args:
         *args: as ``nn.GRU``.
-        backend: "auto", "triton", "cpu" or "eager".
+        backend: "auto", "triton", "cpu", "native" (torch.nn's own kernels) or "eager".
         recompute: save only h (and c) for backward and compute the gates a second time.
         zoneout: as :class:`FusedRNN`; so the next three.
         recurrent_dropout: see there.
@@ -134,7 +134,7 @@ class FusedLSTM(FusedRNNBase):
     Args:
         *args: as ``nn.LSTM``.
         proj_size: size R of the projected h, 0 for none (then R = H below).
-        backend: "auto", "triton", "cpu" or "eager".
+        backend: "auto", "triton", "cpu", "native" (torch.nn's own kernels) or "eager".
         recompute: save only h (and c) for backward and compute the gates a second time.
         zoneout: as :class:`FusedRNN`; so the next three.
         recurrent_dropout: see there.

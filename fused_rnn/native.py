@@ -226,8 +226,7 @@ _AUTOGRAD: Any = torch._C.DispatchKey.AutogradFunctionality
 # Steps below which setting up our sweeps costs more than they save: of an RNN, of a gated cell.
 SHORT = {1: 20, 3: 12, 4: 12}
 WIDE = 4096  # hidden units of all sequences, from which products in 16 bits pay
-# Hidden units of all steps and sequences below which the same holds for emulated products.
-TINY_INFERENCE, TINY_TRAINING = 4096, 2048
+TINY = 4096  # hidden units of all steps and sequences, below which even emulated products do
 
 
 def suits(
@@ -257,8 +256,7 @@ def suits(
         train: whether a gradient may be asked for.
     """
     if not multiplies(dtype):  # our sweeps multiply in fp32, and round less
-        size = TINY_TRAINING if T is None else T * B * H
-        tiny = size < (TINY_TRAINING if train else TINY_INFERENCE)
+        tiny = T is not None and T * B * H < TINY
         return "faster where the call is so small" if tiny else None
     if not train:
         return "faster in inference"

@@ -1,9 +1,7 @@
 """The cells' steps and adjoints on a CPU: in place, with few PyTorch calls.
 
-A call takes some microseconds, which is what counts at these sizes; and ``tanh`` takes two to six
-times as long as ``sigmoid``. So a tanh is a sigmoid where it can be, tanh(u) = 2 sigmoid(2 u) - 1,
-with the factors folded into weights and biases. The RNN and the GRU keep s = (h + 1) / 2 in the
-place of h: then W h = 2 W s - W 1, and s follows from sigmoids alone.
+A call takes some microseconds, which is what counts at these sizes. So what enters a product or an
+activation together lies side by side in the gate buffer.
 """
 
 import torch
@@ -58,24 +56,11 @@ class ReluSweep(Sweep):
 
 
 class TanhSweep(ReluSweep):
-    """The RNN with tanh, which keeps s."""
-
-    def fold(self) -> None:
-        w = self.w
-        self.w_in, self.w_t = 2 * w.w_ih, 4 * w.w_hh.t().contiguous()
-        self.bias = -2 * w.w_hh.sum(1)
-        if w.b_ih is not None and w.b_hh is not None:
-            self.bias += 2 * (w.b_ih + w.b_hh)
-
-    def enter(self, h: Tensor) -> Tensor:
-        return (h + 1) / 2
-
-    def leave(self, out: Tensor) -> None:
-        out.mul_(2).sub_(1)
+    """The RNN with tanh."""
 
     def step(self, h: Tensor, c: Tensor | None, *views: Tensor) -> tuple[Tensor, Tensor | None]:
         (gate,) = views
-        return gate.addmm_(h, self.w_t).sigmoid_(), None
+        return gate.addmm_(h, self.w_t).tanh_(), None
 
     def slope(self, h: Tensor) -> Tensor:
         return _one_minus_square(h, out=torch.empty_like(h))
@@ -91,23 +76,11 @@ class GruSweep(Sweep):
 
     def fold(self) -> None:
         w, H = self.w, self.H
-        self.w_in = self.input_weights().clone()
-        self.w_in[:H] *= 2
-        folded = 2 * w.w_hh
-        folded[2 * H :] *= 2
-        self.w_t = folded.t().contiguous()
+        self.w_in, self.w_t = self.input_weights(), w.w_hh.t().contiguous()
         self.bias = w.w_hh.new_zeros(4 * H)
-        self.bias[H:] -= w.w_hh.sum(1)
         if w.b_ih is not None and w.b_hh is not None:
-            self.bias[: 3 * H] += w.b_ih.roll(H)
+            self.bias[: 3 * H] = w.b_ih.roll(H)
             self.bias[H:] += w.b_hh
-        self.bias.view(4, H)[::3] *= 2
-
-    def enter(self, h: Tensor) -> Tensor:
-        return (h + 1) / 2
-
-    def leave(self, out: Tensor) -> None:
-        out.mul_(2).sub_(1)
 
     def project(self, chunk: Chunk, gates: Tensor) -> None:
         k = 3 * self.H
@@ -122,24 +95,18 @@ class GruSweep(Sweep):
         rzm, rz, n, r, z, m, out = views
         rzm.addmm_(h, self.w_t)
         rz.sigmoid_()
-        n.addcmul_(r, m).sigmoid_()
+        n.addcmul_(r, m).tanh_()
         return torch.lerp(n, h, z, out=out), None
-
-    def activated(self, gates: Tensor) -> None:
-        n, _, _, m = gates.view(-1, 4, self.H).unbind(1)
-        n.mul_(2).sub_(1)
-        m.mul_(0.5)
 
     def rebuilt(self, chunk: Chunk, before: Parts) -> Tensor:
         H = self.H
         gates = self.x.new_empty(chunk.b - chunk.a, 4 * H)
         self.project(chunk, gates)
         for rows, h in before:
-            gates[rows, H:].addmm_(self.enter(h), self.w_t)
+            gates[rows, H:].addmm_(h, self.w_t)
         gates[:, H : 3 * H].sigmoid_()
         n, r, _, m = gates.view(-1, 4, H).unbind(1)
-        n.addcmul_(r, m).sigmoid_()
-        self.activated(gates)
+        n.addcmul_(r, m).tanh_()
         return gates
 
     def coefficients(

@@ -72,13 +72,6 @@ class Sweep:
         """Bring the parameters into the forms that ``project`` and ``step`` use."""
         raise NotImplementedError
 
-    def enter(self, h: Tensor) -> Tensor:
-        """H as the forward sweep keeps it."""
-        return h
-
-    def leave(self, out: Tensor) -> None:
-        """Turn what the forward sweep keeps into h, in place."""
-
     def project(self, chunk: Chunk, gates: Tensor) -> None:
         """Fill the ``gates`` [n, slots * H] of a chunk with all but the recurrent product."""
         raise NotImplementedError
@@ -145,8 +138,7 @@ class Sweep:
         buffer = None if self.slots == 1 else self.x.new_empty(longest, self.slots * self.H)
         c_seq = None if self.c0 is None else self.x.new_empty(N, self.H)
         self.fold()
-        first = h = self.enter(self.h0)
-        c = self.c0
+        h, c = self.h0, self.c0
         for chunk in reversed(chunks) if self.reverse else chunks:
             _, _, a, b = chunk
             out, c_out = self.out[a:b], None if c_seq is None else c_seq[a:b]
@@ -154,11 +146,9 @@ class Sweep:
             self.project(chunk, gates)
             for n, *views in self.steps(chunk, self.views(gates, out, c_out), self.reverse):
                 if n != h.shape[0]:
-                    h = _resized(h, first, n)
+                    h = _resized(h, self.h0, n)
                     c = None if c is None or self.c0 is None else _resized(c, self.c0, n)
                 h, c = self.step(h, c, *views)
-            h = h.clone()  # as it is kept
-            self.leave(out)
             if keep_gates:
                 self.activated(gates)
         h_n.copy_(self.rows.last(self.out, self.reverse))
@@ -235,10 +225,11 @@ class Sweep:
                 for rows, h in h_before:
                     if not (h is self.h0 and self.layer.from_zero):
                         dw_hh.addmm_(dgh[rows].t(), h)
+            shared = dgx.sum(0) if dgx is dgh and needs[2] and needs[3] else None
             if db_ih is not None:
-                db_ih += dgx.sum(0)
+                db_ih += dgx.sum(0) if shared is None else shared
             if db_hh is not None:
-                db_hh += dgh.sum(0)
+                db_hh += dgh.sum(0) if shared is None else shared
             if dw_hr is not None and c_mine is not None:
                 dw_hr.addmm_(total.t(), self.unprojected(mine, c_mine))
         return (*self.weight_gradients(dw_ih, dw_hh, db_ih, db_hh), dw_hr)

@@ -151,7 +151,7 @@ def test_fp64_is_left_alone() -> None:
 def test_explain_knows_the_type(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 16-bit types torch.nn's kernels take those for which the CPU has instructions."""
     monkeypatch.setattr(native, "_multiplies", lambda dtype: multiplies)
-    layer, x = fused_rnn.FusedLSTM(3, 5), torch.zeros(16, 2, 3)
+    layer, x = fused_rnn.FusedLSTM(3, 64), torch.zeros(16, 8, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fused_rnn.explain(layer, x)[0].backend == ("native" if multiplies else "cpu")
     assert fused_rnn.explain(layer, x)[0].backend == "native"

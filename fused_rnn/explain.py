@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fused_rnn import native, native_stack, transforms, triton_backend
 from fused_rnn.base import FusedRNNBase, States
 from fused_rnn.dispatch import Backend, choose
-from fused_rnn.functional import stretches_suit
+from fused_rnn.functional import restarts_suit, stretches_suit
 from fused_rnn.layers import FusedGRU, FusedLSTM
 from fused_rnn.precision import autocast_dtype, rnn_precision
 from fused_rnn.problem import Extras, Layer, Masks, Weights
@@ -177,11 +177,13 @@ def _here(problem: _Problem, H: int, projected: bool, backend: Backend) -> tuple
         return choice.backend, choice.reason
     prefix = ""
     if backend in ("auto", "cpu", "native") and stretches_suit(layer, masks, device):
-        stretches = Stretches.of(layer.rows, masks)
-        if stretches is None:
-            return "eager", "all lengths are 0: there is nothing to run"
-        layer = Layer(layer.cell, stretches.rows, layer.directions, layer.recompute)
-        prefix = "stretches as a packed batch, "
+        rows = layer.rows
+        if not restarts_suit(layer, masks):
+            stretches = Stretches.of(rows, masks)
+            if stretches is None:
+                return "eager", "all lengths are 0: there is nothing to run"
+            rows, prefix = stretches.rows, "stretches as a packed batch, "
+        layer = Layer(layer.cell, rows, layer.directions, layer.recompute)
     choice = choose(layer, *what, record, recorder=True)
     return choice.backend, prefix + choice.reason
 

@@ -1,6 +1,7 @@
 """One recurrent layer as a function of tensors, whichever backend runs it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -156,6 +157,19 @@ def stretches_suit(layer: Layer, masks: Masks, device: torch.device) -> bool:
     return uniform and layer.extras == Extras() and all([t is None for t in masks[4:]])
 
 
+def restarts_suit(layer: Layer, masks: Masks) -> bool:
+    """Whether resets are no more than other initial states: in a single step of all sequences."""
+    return layer.rows.T == 1 and masks.lengths is None
+
+
+def _restarted(state: Tensor, reset: Tensor | None, restart: Tensor | None) -> Tensor:
+    """The initial state [D, B, .] of a single step, which the reverse direction takes as it is."""
+    assert reset is not None
+    again = state.new_zeros(()) if restart is None else restart[0]
+    first = torch.where(reset[:, None], again, state[0])
+    return torch.cat([first[None], state[1:]])
+
+
 def _by_stretches(layer: Layer, inputs: Saved, backend: Backend) -> Outputs | None:
     """Lengths and resets on the CPU, if there are no other extras."""
     masks, rows = layer.masks(inputs), layer.rows
@@ -164,6 +178,11 @@ def _by_stretches(layer: Layer, inputs: Saved, backend: Backend) -> Outputs | No
     assert h0 is not None
     if not stretches_suit(layer, masks, x.device):
         return None
+    plain = Layer(layer.cell, rows, layer.directions, layer.recompute)
+    if restarts_suit(layer, masks):
+        h0 = _restarted(h0, masks.reset, masks.restart_h)
+        c0 = None if c0 is None else _restarted(c0, masks.reset, masks.restart_c)
+        return transforms.run(plain, (x, h0, c0, *rest[: -len(masks)]), backend)
     stretches = Stretches.of(rows, masks)
     if stretches is None:
         return _nothing(rows, layer.directions, layer.extras, inputs)
@@ -173,8 +192,7 @@ def _by_stretches(layer: Layer, inputs: Saved, backend: Backend) -> Outputs | No
         None if c0 is None else stretches.initial(c0, masks.restart_c),
         *rest[: -len(masks)],
     )
-    plain = Layer(layer.cell, stretches.rows, layer.directions, layer.recompute)
-    found = transforms.run(plain, packed, backend)
+    found = transforms.run(replace(plain, rows=stretches.rows), packed, backend)
     c_n = None
     if c0 is not None and found.c_n is not None:
         c_n = stretches.final(found.c_n, c0)

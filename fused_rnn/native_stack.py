@@ -91,12 +91,13 @@ def prepare(layer: "FusedRNNBase", input: Any, hx: Any) -> Call | None:
         if len(widths) == 2:
             states = h0, h0 if widths[0] == widths[1] else x.new_zeros(count, B, widths[1])
     else:
-        expected = [torch.Size((count, B, width)) for width in widths]
-        unbatched = not packed and dims == 2
-        checked = _checked(x, hx, expected, unbatched=unbatched, cast=dtype is not None)
-        if checked is None:
+        unbatched = dims == 2 and not packed
+        if type(hx) is not tuple or len(hx) != len(widths):
             return None
-        states = checked
+        for state, n in zip(hx, widths, strict=True):
+            if not _fits(state, x, (count, n) if unbatched else (count, B, n), dtype):
+                return None
+        states = tuple([s.unsqueeze(1) for s in hx]) if unbatched else hx
     train = torch.is_grad_enabled() and (
         w.requires_grad or any([t.requires_grad for t in (x, *states, *weights)])
     )
@@ -117,26 +118,11 @@ def prepare(layer: "FusedRNNBase", input: Any, hx: Any) -> Call | None:
     return Call(reason, x, states, weights, dtype is not None)
 
 
-def _checked(
-    x: Tensor, hx: Any, sizes: list[torch.Size], *, unbatched: bool, cast: bool
-) -> tuple[Tensor, ...] | None:
-    """The given initial states [L*D, B, .]; None if something is wrong with them."""
-    if type(hx) is not tuple or len(hx) != len(sizes):
-        return None
-    found = []
-    for state, size in zip(hx, sizes, strict=True):
-        if not isinstance(state, Tensor) or not state.is_cpu:
-            return None
-        if unbatched and state.dim() == 2:
-            state = state.unsqueeze(1)
-        elif unbatched:
-            return None
-        if state.shape != size:
-            return None
-        if state.dtype is not x.dtype and (not cast or state.dtype is torch.float64):
-            return None
-        found.append(state)
-    return tuple(found)
+def _fits(state: Any, x: Tensor, size: tuple[int, ...], cast: torch.dtype | None) -> bool:
+    """Whether an initial state goes with ``x``; under autocast with any type but fp64."""
+    if not isinstance(state, Tensor) or state.shape != size or not state.is_cpu:
+        return False
+    return state.dtype is x.dtype or (cast is not None and state.dtype is not torch.float64)
 
 
 def run(layer: "FusedRNNBase", input: Any, call: Call) -> tuple[Any, ...]:

@@ -88,6 +88,7 @@ CALLS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "lengths of 0": ({}, x, lengths(0, 0)),
     "mask": ({}, x, MASK),
     "reset": ({}, x, RESET),
+    "reset of a step": ({}, x[:1], {"reset": torch.tensor([[True, False]])}),
     "both": ({"learn_h0": True}, x, RESET | lengths(3, 2)),
     "zoneout": ({"zoneout": 0.5}, x, {}),
     "dropout": ({"recurrent_dropout": 0.5}, x, lengths(3, 1)),

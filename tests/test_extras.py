@@ -647,3 +647,29 @@ def test_bad_inputs_of_other_kinds() -> None:
         layer(torch.randn(6, 5, I), reset=torch.zeros(5, 6, dtype=torch.bool))
     with pytest.raises(TypeError, match="return_cell_sequence"):
         FusedGRU(I, H)(x, return_cell_sequence=True)
+
+
+@pytest.mark.parametrize("cls", [FusedGRU, FusedLSTM])
+@pytest.mark.parametrize("learn_h0", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_resets_of_a_single_step(cls: Any, learn_h0: bool, bidirectional: bool) -> None:
+    """An agent's step, in which some environments have begun anew: only states are chosen."""
+    options = {"learn_h0": learn_h0, "bidirectional": bidirectional, "dtype": torch.float64}
+    layer = cls(I, H, 2, **options)
+    loop = cls(I, H, 2, **options, backend="eager")
+    loop.load_state_dict(layer.state_dict())
+    if learn_h0:
+        for twin in (layer, loop):
+            nn.init.constant_(twin.h_0, 0.3)
+    x = torch.randn(1, 3, I, dtype=torch.float64)
+    state = torch.randn(2 * (1 + bidirectional), 3, H, dtype=torch.float64)
+    hx = (state, state) if cls is FusedLSTM else state
+    results = []
+    for twin in (layer, loop):
+        given = x.clone().requires_grad_()
+        output, _ = twin(given, hx, reset=torch.tensor([[False, True, False]]))
+        wanted = [given, *twin.parameters()]
+        grads = torch.autograd.grad(output.square().sum(), wanted, allow_unused=True)
+        results.append([output, *(g for g in grads if g is not None)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)

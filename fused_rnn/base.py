@@ -237,12 +237,13 @@ class FusedRNNBase(nn.Module):
             self.proj_size,
         )
         flat = [e for layer in self._layout for d in layer for e in d if e is not None]
-        # What a call reads first: names and sizes, rows and widths of the states.
+        # What a call reads first: names and sizes, rows and widths of the states, the cell's name.
         self._order = (
             [name for name, _ in flat],
             [torch.Size(size) for _, size in flat],
             self.num_layers * self._directions,
             self._state_widths,
+            self._cell.name,
         )
 
     def extra_repr(self) -> str:
@@ -401,7 +402,7 @@ class FusedRNNBase(nn.Module):
             keywords = {"lengths": lengths, "reset": reset, "mask": mask}
             return graphs.record(self, input, hx, keywords, return_cell_sequence)
         extras = lengths is not None or reset is not None or mask is not None
-        if not (extras or return_cell_sequence or stack or ops.tracing()):
+        if not (extras or return_cell_sequence or stack or torch.compiler.is_compiling()):
             call = native_stack.prepare(self, input, hx)
             if call is not None:
                 return native_stack.run(self, input, call)

@@ -138,7 +138,7 @@ def _cudnn(
     """
     out, h_n, c_n, *_ = torch._cudnn_rnn(
         x,
-        weights,
+        [w.contiguous() for w in weights],
         len(weights) // layer.directions,
         None,
         states[0].contiguous(),

@@ -6,7 +6,6 @@ arguments included, it leaves to the general path, which knows the words for eve
 :func:`fused_rnn.explain` asks the same function.
 """
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,7 +46,6 @@ def prepare(layer: "FusedRNNBase", input: Any, hx: Any) -> Call | None:
     """
     if (
         layer.backend not in ("auto", "native")
-        or layer._cell.name not in native.FUNCTIONS
         or layer.zoneout
         or layer.recurrent_dropout
         or layer.clip_recurrent_grad is not None
@@ -56,7 +54,7 @@ def prepare(layer: "FusedRNNBase", input: Any, hx: Any) -> Call | None:
         or torch._C._len_torch_dispatch_stack()  # a counter of FLOPs, or a tracer
     ):
         return None
-    names, sizes, count, widths = layer._order
+    names, sizes, count, widths, cell = layer._order
     own = layer._parameters
     try:
         weights: Any = [own[name] for name in names]
@@ -65,7 +63,9 @@ def prepare(layer: "FusedRNNBase", input: Any, hx: Any) -> Call | None:
     w, dtype = weights[0], None
     packed = type(input) is PackedSequence
     x: Any = input.data if packed else input
-    if not isinstance(x, Tensor) or not x.is_cpu or [p.shape for p in weights] != sizes:
+    if cell not in native.FUNCTIONS or not isinstance(x, Tensor) or not x.is_cpu:
+        return None
+    if [p.shape for p in weights] != sizes:
         return None
     if torch.is_autocast_enabled("cpu"):
         dtype = autocast_dtype(x)
@@ -105,7 +105,7 @@ def prepare(layer: "FusedRNNBase", input: Any, hx: Any) -> Call | None:
         return None
     reason: str | None = "backend='native' asks for it"
     if layer.backend == "auto":
-        how = (layer._cell.name, dtype or kind, T, B, layer.hidden_size)
+        how = (cell, dtype or kind, T, B, layer.hidden_size)
         projected = layer.proj_size > 0
         reason = native.suits(*how, ragged=ragged, projected=projected, train=train)
     if reason is None:
@@ -127,14 +127,17 @@ def _fits(state: Any, x: Tensor, size: tuple[int, ...], cast: torch.dtype | None
 
 def run(layer: "FusedRNNBase", input: Any, call: Call) -> tuple[Any, ...]:
     """``output`` and the final states of a prepared ``call`` for ``input``."""
-    function = native.FUNCTIONS[layer._cell.name]
+    function = native.FUNCTIONS[layer._order[4]]
     hx: Any = call.states if len(call.states) == 2 else call.states[0]
     how = (layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional)
     packed = type(input) is PackedSequence
     arguments: tuple[Any, ...] = (call.x, hx, call.weights, *how, layer.batch_first)
     if packed:
         arguments = (call.x, input.batch_sizes, hx, call.weights, *how)
-    with torch.autocast("cpu", enabled=False) if call.cast else nullcontext():
+    if call.cast:
+        with torch.autocast("cpu", enabled=False):
+            out, *final = function(*arguments)
+    else:
         out, *final = function(*arguments)
     if packed:
         _, sizes, order, back = input

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from fused_rnn import contest, cpu, native, step, triton_backend
+from fused_rnn.flops import counted
 from fused_rnn.problem import Engine, Layer, Outputs, Saved
 from fused_rnn.tuning import Request
 
@@ -93,8 +94,11 @@ def choose(
 
 
 def _native(device: torch.device, free: bool, reason: str) -> Choice:
-    """torch.nn's functions; on a CPU autograd records them itself if it may."""
-    itself = free and device.type == "cpu"
+    """torch.nn's functions; on a CPU autograd records them itself if it may.
+
+    Not where FLOPs are counted: the counter knows nothing of oneDNN.
+    """
+    itself = free and device.type == "cpu" and counted(native) is native
     return Choice("native", None if itself else native, native.because(reason), native.run)
 
 

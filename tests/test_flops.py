@@ -47,7 +47,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 @every_layer
-@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "native", "eager"])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.parametrize("input_grad", [True, False])
 def test_as_many_as_torch_nn(kind: str, backend: Backend, name: str, input_grad: bool) -> None:
@@ -175,3 +175,15 @@ def test_results_do_not_change_under_a_counter() -> None:
             found = layer(x)
         for a, b in zip(tensors(found), tensors(expected), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "native"])
+@pytest.mark.parametrize("steps", [T, 20])
+def test_onednn_is_counted(backend: Backend, steps: int) -> None:
+    """In fp32 too, in which a counter sees nothing of nn.LSTM's own kernel."""
+    x = torch.randn(steps, B, I)
+    plain, fused = twins("lstm", I, H, backend=backend)
+    expected = counted(plain.double(), x.double())
+    assert counted(fused, x) == expected
+    with torch.no_grad():
+        assert counted(fused, x, counts_backward=False)[0] == expected[0]

@@ -134,7 +134,8 @@ def explain(
     """Tell which backend would run ``layer(x, **call)``, and why. The layer is not run.
 
     It is about a call at this place: gradients, training, autocast and transforms of torch.func
-    are taken as they are. Compiled and exported layers have no stretches, and in training no choice by T.
+    are taken as they are. Compiled and exported layers have no stretches, and in training no choice
+    that depends on T.
 
     Args:
         layer: a fused layer.

@@ -219,6 +219,7 @@ def tune(layer: "FusedRNNBase", x: Tensor | PackedSequence) -> "tuple[Plan, ...]
         TypeError: ``layer`` is not a fused layer.
         ValueError: ``x`` does not fit the layer, as in a call.
     """
+    from fused_rnn import native
     from fused_rnn.devices import device_limits
     from fused_rnn.explain import problem_of
     from fused_rnn.triton_backend import make_engine
@@ -232,7 +233,8 @@ def tune(layer: "FusedRNNBase", x: Tensor | PackedSequence) -> "tuple[Plan, ...]
         raise RuntimeError("there is nothing to tune: Triton's interpreter runs these kernels")
     request = Request.of(problem, layer.hidden_size, dtype, engine.precision)
     plan = measure(request, device_limits(device), device)
-    contest.hold(layer, x, request, problem.rows, device)
+    if native.why_not(problem, device) is None:
+        contest.hold(layer, x, request, problem.rows, device)
     return (plan,) * layer.num_layers
 
 

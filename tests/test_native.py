@@ -2,8 +2,10 @@
 
 import gc
 import json
+import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -497,6 +499,50 @@ def test_a_layer_that_is_not_trained_is_timed_in_inference(engines: Path) -> Non
         contest.hold(layer, x, request, Rows(10, 4), CUDA, lambda *_: 1.0)
         assert contest.winner(request, Rows(10, 4), True, CUDA) is None
         assert contest.winner(request, Rows(10, 4), False, CUDA) == "triton"
+
+
+def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call without hooks, and the gradients of what trains; nothing is accumulated."""
+    calls: list[float] = []
+
+    def bench(call: Any, return_mode: str) -> float:
+        call()
+        calls.append(1.0)
+        return 1.5
+
+    monkeypatch.setattr("triton.testing.do_bench", bench)
+    monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
+    layer = fused_rnn.FusedLSTM(3, 5)
+    layer.bias_ih_l0.requires_grad_(False)
+    layer.register_forward_hook(lambda *_: calls.append(-1.0))
+    packed = packer(False)(sequences([2, 4], 3, torch.float32))
+    for x in (torch.randn(4, 2, 3), packed):
+        assert [contest.time_call(layer, x, train) for train in (False, True)] == [1.5, 1.5]
+    assert calls == [1.0] * 4
+    assert all(p.grad is None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("zoneout", [0.0, 0.5])
+def test_tune_holds_the_contest(zoneout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch.nn's kernels can take part: they know no zoneout."""
+    from fused_rnn import tuning
+    from fused_rnn.triton_engine import TritonEngine
+
+    layer = fused_rnn.FusedLSTM(3, 64, zoneout=zoneout)
+    x = torch.randn(4, 2, 3)
+    module = sys.modules["fused_rnn.explain"]  # the package has the function of that name
+    problem, _, dtype = module.problem_of(layer, x)
+    plan = make_plan("lstm", 64, 4, 2, 1, LIMITS[90])
+    held: list[Any] = []
+    monkeypatch.setattr(module, "problem_of", lambda *_: (problem, torch.device("cuda"), dtype))
+    monkeypatch.setattr(
+        "fused_rnn.triton_backend.make_engine", lambda *_: TritonEngine(plan, "tf32")
+    )
+    monkeypatch.setattr("fused_rnn.devices.device_limits", lambda device: LIMITS[90])
+    monkeypatch.setattr(tuning, "measure", lambda *_: plan)
+    monkeypatch.setattr(contest, "hold", lambda *given: held.append(given))
+    assert fused_rnn.tune(layer, x) == (plan,)
+    assert len(held) == (zoneout == 0)
 
 
 def test_the_choice_follows(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:

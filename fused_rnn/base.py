@@ -402,7 +402,7 @@ class FusedRNNBase(nn.Module):
             keywords = {"lengths": lengths, "reset": reset, "mask": mask}
             return graphs.record(self, input, hx, keywords, return_cell_sequence)
         extras = lengths is not None or reset is not None or mask is not None
-        if not (extras or return_cell_sequence or stack or torch.compiler.is_compiling()):
+        if not (extras or return_cell_sequence or stack or ops.tracing()):
             call = native_stack.prepare(self, input, hx)
             if call is not None:
                 return native_stack.run(self, input, call)

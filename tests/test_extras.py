@@ -455,7 +455,9 @@ def everything(reset: Tensor) -> dict[str, Any]:
     return {"lengths": torch.tensor(LENGTHS), "reset": reset}
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] if k == "relu" else []) for k in LAYERS]
+)
 def test_double_backward(kind: str) -> None:
     cls, extra = LAYERS[kind]
     layer = cls(I, 2, dtype=torch.float64, **extra, **ALL | {"clip_recurrent_grad": 1e3})

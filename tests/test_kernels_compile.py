@@ -82,7 +82,15 @@ def check(row):
         assert row["bar"] <= barriers, f"{what}: {row['bar']} barriers"
 
 
-@pytest.mark.parametrize("target", [str(t) for t in LIMITS])
+# Those that compile as another one does, but for their sizes, are slow.
+LIKE_OTHERS = ("86", "89", "100")
+TARGETS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_OTHERS else [])
+    for name in map(str, LIMITS)
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_target(target, tmp_path):
     """The largest size of the cell with most registers."""
     rows = static(tmp_path, "--target", target, "--cell", "lstm", "--hidden", "128")

@@ -7,6 +7,7 @@ like any other, see :class:`fused_rnn.problem.Engine`.
 """
 
 import platform
+import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,19 @@ def cudnn() -> bool:
     """Whether a GPU here has cuDNN, and it is not switched off."""
     cudnn: Any = torch.backends.cudnn
     return torch.version.hip is None and cudnn.is_available() and cudnn.enabled
+
+
+@lru_cache
+def expect_no_projection() -> None:
+    """Let PyTorch warn, unheard, that oneDNN has no projections: it does once in a process.
+
+    Nobody asked for oneDNN; what runs is right.
+    """
+    x, c0, w_ih = torch.zeros(1, 1, 1), torch.zeros(1, 1, 2), torch.zeros(8, 1)
+    weights = [w_ih, w_ih, torch.zeros(1, 2)]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch._VF.lstm(x, (x, c0), weights, False, 1, 0.0, False, False, False)
 
 
 def _most_steps(layer: Layer, device: torch.device) -> int:
@@ -114,6 +128,8 @@ def _call(
         x = x.reshape(T, -1, x.shape[-1])
     if x.is_cuda and torch.cudnn_is_acceptable(x):
         return _cudnn(layer, x, sizes, states, weights, bias, train)
+    if x.is_cpu and len(weights) // layer.directions in (3, 5):
+        expect_no_projection()
     hx = states if len(states) == 2 else states[0]
     call, how = FUNCTIONS[layer.cell.name], (bias, 1, 0.0, train, two)
     if sizes is None:

@@ -131,6 +131,8 @@ def run(layer: "FusedRNNBase", input: Any, call: Call) -> tuple[Any, ...]:
     hx: Any = call.states if len(call.states) == 2 else call.states[0]
     how = (layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional)
     packed = type(input) is PackedSequence
+    if layer.proj_size:
+        native.expect_no_projection()
     arguments: tuple[Any, ...] = (call.x, hx, call.weights, *how, layer.batch_first)
     if packed:
         arguments = (call.x, input.batch_sizes, hx, call.weights, *how)

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
@@ -275,6 +277,23 @@ def test_lengths_as_a_packed_batch() -> None:
     expected, final = plain(packed)
     torch.testing.assert_close(out, nn.utils.rnn.pad_packed_sequence(expected)[0])
     torch.testing.assert_close(h_n, final)
+
+
+def test_projections_warn_of_nothing() -> None:
+    """PyTorch warns once in a process that oneDNN has none; and no random number is drawn."""
+    code = """
+import torch
+from fused_rnn import FusedLSTM
+layer, x = FusedLSTM(3, 5, proj_size=2), torch.zeros(4, 2, 3)
+before = torch.get_rng_state()
+layer(x)
+assert torch.equal(before, torch.get_rng_state())
+"""
+    command = [sys.executable, "-W", "error:LSTM with projections", "-c", code]
+    paths = [str(RESULTS.parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- the whole stack at once, on a CPU ----------------------------------------------------------

@@ -132,7 +132,7 @@ def check(recipe: Recipe) -> None:
     """Raise AssertionError unless both ways have the same results, to fp32's rounding."""
     for found, expected in zip(recipe.ours(), recipe.usual(), strict=True):
         scale = expected.abs().max().item()
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5 * max(scale, 1e-3))
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * max(scale, 1e-3))
 
 
 def rows(names: list[str], where: torch.device, seconds: float) -> Iterator[str]:

@@ -119,7 +119,7 @@ class Sweep:
         return grads
 
     def unprojected(self, gates: Tensor, c: Tensor) -> Tensor:
-        """H [n, H] before the projection."""
+        """The state h [n, H] before the projection."""
         raise NotImplementedError
 
     # ---- the forward sweep ----------------------------------------------------------------------
@@ -201,11 +201,12 @@ class Sweep:
             self.fold()
         chunks, w_x = list(self.chunks()), self.input_weights()
         buffer = self.x.new_empty(max(c.b - c.a for c in chunks), self.h0.shape[1])
+        h_prev, c_prev = self.ragged(self.out, self.h0), self.ragged(c_seq, self.c0)
         for chunk in chunks if self.reverse else reversed(chunks):
             _, _, a, b = chunk
-            h_before = self.before(chunk, self.out, self.h0)
+            h_before = self.before(chunk, self.out, self.h0, h_prev)
             c_mine = None if c_seq is None else c_seq[a:b]
-            c_before = self.before(chunk, c_seq, self.c0)
+            c_before = self.before(chunk, c_seq, self.c0, c_prev)
             if self.slots == 1:
                 mine = self.out[a:b]
             else:
@@ -234,7 +235,15 @@ class Sweep:
                 dw_hr.addmm_(total.t(), self.unprojected(mine, c_mine))
         return (*self.weight_gradients(dw_ih, dw_hh, db_ih, db_hh), dw_hr)
 
-    def before(self, chunk: Chunk, state: Tensor | None, initial: Tensor | None) -> Parts:
+    def ragged(self, state: Tensor | None, initial: Tensor | None) -> Tensor | None:
+        """The state [N, .] that each row's step started from, if the sequences differ in length."""
+        if state is None or initial is None or self.rows.batch_sizes is None:
+            return None
+        return self.rows.previous(state, initial, self.reverse)
+
+    def before(
+        self, chunk: Chunk, state: Tensor | None, initial: Tensor | None, ragged: Tensor | None
+    ) -> Parts:
         """The states that the steps of a chunk started from, and for which of its rows.
 
         Where all sequences are of one length they lie side by side, and nothing is copied.
@@ -243,8 +252,8 @@ class Sweep:
         rows, B = self.rows, self.rows.B
         if state is None or initial is None:
             return []
-        if rows.batch_sizes is not None:
-            return [(slice(None), rows.previous(state, initial, self.reverse)[a:b])]
+        if ragged is not None:
+            return [(slice(None), ragged[a:b])]
         if self.reverse and b == rows.N:
             return [(slice(0, b - a - B), state[a + B : b]), (slice(b - a - B, None), initial)]
         if a == 0 and not self.reverse:

@@ -258,8 +258,8 @@ def suits(
 ) -> str | None:
     """Why torch.nn's function is the faster one on a CPU; None where our sweeps are.
 
-    Measured on two cores each of Zen 3 (AVX2) and Zen 4 (AVX-512, bf16): `python -m
-    bench.sweep_cpu` shows what comes of it.
+    Measured on two cores of Zen 3 (AVX2); that for 16 bits with instructions for them on Zen 4 with
+    an earlier state of this code. `python -m bench.sweep_cpu` shows what comes of it.
 
     Args:
         cell: the cell's name.

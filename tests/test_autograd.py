@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import (
     LAYERS,
+    assert_same,
     every_backend,
     every_layer,
     packer,
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn import autograd, cpu
+from fused_rnn import autograd, cpu, cpu_sweep
 from fused_rnn.dispatch import Backend
 
 
@@ -343,3 +344,24 @@ def test_activation_checkpointing_of_the_kernels(
     layer, xs, make = checkpoint_case(kind, case, torch.float32, **options)
     xs = [x.to(triton_device) for x in xs]
     checkpointed_equals_itself(layer.to(triton_device), xs, make)
+
+
+@every_layer
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_chunks_end_anywhere(
+    kind: str, packed: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU's sweeps cut time into chunks, here of a few rows, in both directions."""
+    options = {"bidirectional": True, "backend": "cpu", "recompute": recompute}
+    plain, fused = twins(kind, 3, 5, dtype=torch.float64, **options)
+    xs = [torch.randn(9, 3, 3, dtype=torch.float64)]
+    if packed:
+        xs = sequences([9, 2, 5, 5], 3, torch.float64)
+    make = packer(False) if packed else (lambda xs: xs[0])
+    hx = states(plain, 4 if packed else 3)
+    expected = run(plain, xs, hx, make)
+    for least in (1, 4, 7):
+        monkeypatch.setattr(cpu_sweep, "CHUNK", 0)
+        monkeypatch.setattr(cpu_sweep, "LEAST", least)
+        assert_same(run(fused, xs, hx, make), expected)

@@ -123,12 +123,13 @@ def _call(
 
     ``sizes`` are the rows of each, None where all own as many.
     """
-    bias, two = len(weights) // layer.directions >= 4, layer.directions == 2
+    each, two = len(weights) // layer.directions, layer.directions == 2
+    bias, projected = each >= 4, each % 2 == 1
     if sizes is None:
         x = x.reshape(T, -1, x.shape[-1])
     if x.is_cuda and torch.cudnn_is_acceptable(x):
-        return _cudnn(layer, x, sizes, states, weights, bias, train)
-    if x.is_cpu and len(weights) // layer.directions in (3, 5):
+        return _cudnn(layer, x, sizes, states, weights, projected, train)
+    if x.is_cpu and projected:
         expect_no_projection()
     hx = states if len(states) == 2 else states[0]
     call, how = FUNCTIONS[layer.cell.name], (bias, 1, 0.0, train, two)
@@ -145,7 +146,7 @@ def _cudnn(
     sizes: tuple[int, ...] | None,
     states: tuple[Tensor, ...],
     weights: list[Tensor],
-    bias: bool,
+    projected: bool,
     train: bool,
 ) -> tuple[Tensor, ...]:
     """The same by cuDNN, which copies the weights into a piece of memory of its own.
@@ -161,7 +162,7 @@ def _cudnn(
         states[1].contiguous() if len(states) == 2 else None,
         MODES[layer.cell.name],
         weights[0].shape[0] // layer.cell.gates,
-        states[0].shape[-1] if len(weights) // layer.directions == (5 if bias else 3) else 0,
+        states[0].shape[-1] if projected else 0,
         1,
         False,
         0.0,

@@ -20,7 +20,7 @@ from fused_rnn.kernels.cells import ADJOINTS, CELL_STATES, FACTORS
 from fused_rnn.kernels.extras import (
     Extras,
     clip_gradient,
-    load_kept,
+    load_keep,
     load_lengths,
     load_reset,
     zeros_where_ragged,
@@ -342,8 +342,7 @@ def backward_kernel(
     )  # fmt: skip
     if ZONED:
         at = row.to(tl.int64) * (D * H) + column + state_at
-        kept = load_kept(zone_h, zoneout, at, here)
-        kept_c = load_kept(zone_c, zoneout, at, here) if STATES == 2 else kept
+        keep = load_keep(zone_h, zone_c, zoneout, at, here, STATES)
     if dout is not None:
         dh += tl.load(dout + row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0).to(
             tl.float32
@@ -383,13 +382,12 @@ def backward_kernel(
 
         if ZONED:
             at = next_row.to(tl.int64) * (D * H) + column + state_at
-            next_kept = load_kept(zone_h, zoneout, at, here)
-            next_kept_c = load_kept(zone_c, zoneout, at, here) if STATES == 2 else next_kept
-            slots, direct, new_dc = ADJOINT(factors, dh - kept * dh, dc - kept_c * dc, none)
-            direct += kept * dh
-            new_dc += kept_c * dc
-            kept = next_kept
-            kept_c = next_kept_c
+            held_h = keep[0] * dh
+            held_c = keep[STATES - 1] * dc
+            keep = load_keep(zone_h, zone_c, zoneout, at, here, STATES)
+            slots, direct, new_dc = ADJOINT(factors, dh - held_h, dc - held_c, none)
+            direct += held_h
+            new_dc += held_c
         else:
             slots, direct, new_dc = ADJOINT(factors, dh, dc, none)
         first, last = operands(slots, dtype, G, BLOCK_H, BLOCK_B)

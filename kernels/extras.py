@@ -70,32 +70,61 @@ def load_reset(reset, row, seq_at, running):
 
 
 @triton.jit
-def load_restart(restart, u, H: tl.constexpr):
-    """The state [BLOCK_H, 1] that a new stretch begins with."""
-    value = tl.zeros(u.shape, tl.float32)
+def load_restart(restart, first, u, H: tl.constexpr):
+    """The state [BLOCK_H, 1] that a new stretch begins with; zeros where there is no pointer."""
+    state = tl.zeros(u.shape, tl.float32)
     if restart is not None:
-        value = tl.load(restart + u, mask=u < H, other=0.0).to(tl.float32)
-    return value
+        state = tl.load(restart + first + u, mask=u < H, other=0.0).to(tl.float32)
+    return state
 
 
 @triton.jit
-def load_kept(zone, zoneout, at, mask):
-    """How much of the old state a step keeps: a tile of 0 and 1, or a number for all."""
+def load_restarts(restart_h, restart_c, first, u, H: tl.constexpr, STATES: tl.constexpr):
+    """`load_restart` of each state."""
+    states = (load_restart(restart_h, first, u, H),)
+    if STATES == 2:
+        states = states + (load_restart(restart_c, first, u, H),)
+    return states
+
+
+@triton.jit
+def load_share(zone, zoneout, at, mask):
+    """How much of its old value a state keeps in a step: a tile of 0 and 1, or a number."""
+    share = zoneout
     if zone is not None:
-        kept = tl.load(zone + at, mask=mask, other=0).to(tl.float32)
-    else:
-        kept = zoneout
-    return kept
+        share = tl.load(zone + at, mask=mask, other=0).to(tl.float32)
+    return share
 
 
 @triton.jit
-def keep(new, old, kept):
-    """`kept` of the old, the rest of the new; exactly the old where a mask says so."""
-    if len(kept.shape) > 0:
-        new = tl.where(kept != 0, old, new)
-    else:
-        new = new + kept * (old - new)
-    return new
+def load_keep(zone_h, zone_c, zoneout, at, mask, STATES: tl.constexpr):
+    """`load_share` of each state."""
+    keep = (load_share(zone_h, zoneout, at, mask),)
+    if STATES == 2:
+        keep = keep + (load_share(zone_c, zoneout, at, mask),)
+    return keep
+
+
+@triton.jit
+def blend(new, old, keep):
+    """`keep` of each old state, the rest of the new; exactly the old where a mask says so."""
+    states = ()
+    for i in tl.static_range(len(new)):
+        if len(keep[i].shape) > 0:
+            state = tl.where(keep[i] != 0, old[i], new[i])
+        else:
+            state = new[i] + keep[i] * (old[i] - new[i])
+        states = states + (state,)
+    return states
+
+
+@triton.jit
+def select(mask, a, b):
+    """`tl.where` of each state: a where the mask is set, else b."""
+    states = ()
+    for i in tl.static_range(len(a)):
+        states = states + (tl.where(mask, a[i], b[i]),)
+    return states
 
 
 @triton.jit

@@ -11,18 +11,18 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fused_rnn.kernels.cells import STEPS
 from fused_rnn.kernels.extras import (
     Extras,
-    keep,
-    load_kept,
+    blend,
+    load_keep,
     load_lengths,
     load_reset,
-    load_restart,
+    load_restarts,
+    select,
     zeros_where_ragged,
 )
 from fused_rnn.kernels.group import (
@@ -37,18 +37,23 @@ from fused_rnn.kernels.launch import Variant, launch, sweep_kernel
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
     from_memory,
+    insert_recurrent_bias,
+    load_gates,
+    load_states,
     step_rows,
+    store_gates,
+    store_states,
     tile_steps,
     to_memory,
     unpack,
     words,
 )
 from fused_rnn.kernels.weights import (
-    first_products,
     join_gates,
     load_h,
-    products,
-    stream_product,
+    multiply,
+    multiply_streamed,
+    prime,
 )
 
 
@@ -67,16 +72,6 @@ class Rows(NamedTuple):
     B: int
     N: int
     offsets: Tensor | None = None
-
-
-@triton.jit
-def put_hidden(x, hidden, m, WORDS: tl.constexpr):
-    """Fill GRU's last slot of a tile as it was loaded with the recurrent bias of n."""
-    if WORDS == 1:
-        x = (x & 0xFFFFFFFFFFFF) | (hidden.to(tl.uint16, bitcast=True).to(tl.int64) << 48)
-    else:
-        x = tl.where(m % 4 == 3, hidden, x)
-    return x
 
 
 @sweep_kernel
@@ -129,17 +124,18 @@ def forward_kernel(
     S: tl.constexpr = 4 if G > 1 else 1
     dtype: tl.constexpr = gates.dtype.element_ty
     WORDS: tl.constexpr = words(S, MEMBERS, dtype)
-    FIRST: tl.constexpr = 2 if G > 1 else 1
+    WIDTH: tl.constexpr = D * H
+    GROUP: tl.constexpr = MEMBERS > 1
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     RESIDENT: tl.constexpr = REGISTERS if REGISTERS < CHUNKS else CHUNKS
     RAGGED: tl.constexpr = (offsets is not None) or (lengths is not None)
     ZONED: tl.constexpr = (zone_h is not None) or (zoneout is not None)
     # Whether the product takes something else than the h that is put out. So it does in a ragged
     # group: one place to read from for all, be it h0 or h, costs less than a choice.
-    FEEDS: tl.constexpr = (
-        (reset is not None) or (drop is not None) or (fed is not None and MEMBERS > 1)
-    )
+    FEEDS: tl.constexpr = (reset is not None) or (drop is not None) or (fed is not None and GROUP)
     FED_BEFORE: tl.constexpr = 1 if FEEDS else 0  # a barrier stands before the first step
+    # From step to step in the layout of a product, or where there is none to keep, gate by gate.
+    APART: tl.constexpr = S if GROUP else 1
     member = tl.program_id(0)
     direction = first_direction + tl.program_id(2)
     d = direction.to(tl.int64)
@@ -152,7 +148,7 @@ def forward_kernel(
     backwards = ((reverse >> direction) & 1) != 0
     t = tl.where(backwards, steps - 1, 0)
     dt = tl.where(backwards, -1, 1)
-    if MEMBERS > 1:
+    if GROUP:
         counters += (batch_tile * D + direction) * (2 * LINE)
 
     u0 = member * BLOCK_H
@@ -162,203 +158,118 @@ def forward_kernel(
         gates = gates.to(tl.pointer_type(tl.int64))
     gate_at = b * (WORDS * H) + m
     gates += (d * N + b0) * (WORDS * H)
-    column = b0.to(tl.int64) * (D * H) + d * H
-    state_at = b * (D * H) + u
+    column = b0.to(tl.int64) * WIDTH + d * H
+    state_at = b * WIDTH + u
     first_at = b * H + u
     first_row = (d * B + b0) * H
     mine = (u < H) & (seq < B)
 
-    h = tl.load(h0 + first_row + first_at, mask=mine, other=0.0).to(tl.float32)
-    state = (h,)
-    if STATES == 2:
-        state = (h, tl.load(c0 + first_row + first_at, mask=mine, other=0.0).to(tl.float32))
+    state = load_states((h0, c0) if STATES == 2 else (h0,), first_row, first_at, mine)
     if (ZONED or (reset is not None)) or (fed is not None):  # not sooner than it is needed
         row, count = step_rows(offsets, length, t, T, B)
     if ZONED:
-        at = row.to(tl.int64) * (D * H) + column + state_at
-        kept = load_kept(zone_h, zoneout, at, (u < H) & (seq < count))
-        if STATES == 2:
-            kept_c = load_kept(zone_c, zoneout, at, (u < H) & (seq < count))
+        at = row.to(tl.int64) * WIDTH + column + state_at
+        keep = load_keep(zone_h, zone_c, zoneout, at, (u < H) & (seq < count), STATES)
     if reset is not None:
         reset += d * N
-        again = load_reset(reset, row, seq, seq < count)
-        restart = load_restart(restart_h if restart_h is None else restart_h + d * H, u, H)
-        if STATES == 2:
-            restarts = load_restart(restart_c if restart_c is None else restart_c + d * H, u, H)
-            state = (tl.where(again, restart, state[0]), tl.where(again, restarts, state[1]))
-        else:
-            state = (tl.where(again, restart, state[0]),)
-    h = state[0]
+        resets = load_reset(reset, row, seq, seq < count)
+        restarts = load_restarts(restart_h, restart_c, d * H, u, H, STATES)
+        state = select(resets, restarts, state)
+    operand = state[0]
     if drop is not None:
         dropped = tl.load(drop + first_row + first_at, mask=mine, other=0.0).to(tl.float32)
-        h = h * dropped
-    h = h.to(dtype)
+        operand = operand * dropped
+    operand = operand.to(dtype)
     if fed is not None:
         fed += column
-        at = fed + row.to(tl.int64) * (D * H) + state_at
-        tl.store(at, h, mask=(u < H) & (seq < count))
+        at = fed + row.to(tl.int64) * WIDTH + state_at
+        tl.store(at, operand, mask=(u < H) & (seq < count))
     if G == 3:
-        hidden = tl.load(bias + d * H + m // WORDS, mask=m < WORDS * H, other=0.0).to(dtype)
+        bias_n = tl.load(bias + d * H + m // WORDS, mask=m < WORDS * H, other=0.0).to(dtype)
 
     w += d * (G * H * H)
     h_at = h0 + first_row + b * H
     present = seq < B
-    if FEEDS and MEMBERS > 1:
+    if FEEDS and GROUP:
         arrive(counters, 0, BLOCK_BARRIER)
         wait(counters, 0, MEMBERS, BLOCK_BARRIER)
-        h_at = fed + row.to(tl.int64) * (D * H) + b * (D * H)
+        h_at = fed + row.to(tl.int64) * WIDTH + b * WIDTH
         present = seq < count
     if STREAM:
         ws = ()
-        ws_last = ()
-        first = stream_product(w, h_at, present, u0, 0, FIRST, H, BLOCK_H, BLOCK_K, PRECISION)
-        last = first
-        if G > 1:
-            last = stream_product(w, h_at, present, u0, 2, G - 2, H, BLOCK_H, BLOCK_K, PRECISION)
+        halves = multiply_streamed(w, h_at, present, u0, G, H, BLOCK_H, BLOCK_K, PRECISION)
     else:
-        if MEMBERS > 1:
-            hs = load_h(h_at, present, H, BLOCK_K, CHUNKS)
-        else:
-            hs = (h,)
-        ws, first = first_products(
-            w, scale, u0, hs, 0, FIRST, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
-        )
-        ws_last = ws
-        last = first
-        if G > 1:
-            ws_last, last = first_products(
-                w, scale, u0, hs, 2, G - 2, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
-            )
+        hs = load_h(h_at, present, H, BLOCK_K, CHUNKS) if GROUP else (operand,)
+        ws, halves = prime(w, scale, u0, hs, G, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION)
 
     row, count = step_rows(offsets, length, t, T, B)
     next_row, next_count = step_rows(offsets, length, t + dt, T, B)
-    x = tl.load(
-        gates + row.to(tl.int64) * (WORDS * H) + gate_at,
-        mask=(m < WORDS * H) & (seq < count),
-        other=0,
-    )
+    x = load_gates(gates, row, gate_at, (m < WORDS * H) & (seq < count), WORDS * H)
     if G == 3:
-        x = put_hidden(x, hidden, m, WORDS)
-    acc = join_gates(first, last, G, BLOCK_H, KS, MS)
-    acc += from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
-    # From step to step in the layout of a product, or where there is none to keep, gate by gate.
-    pre = unpack(acc, S) if MEMBERS > 1 else (acc,)
+        x = insert_recurrent_bias(x, bias_n, m, WORDS)
+    acc = join_gates(halves, G, BLOCK_H, KS, MS) + from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
+    pre = unpack(acc, APART)
     once = (steps > 0).to(tl.int32)
     step = 0
     # No `for`: into one, Triton 3.8 moves the reads of all weights from shared memory.
     while step < steps:
-        x = tl.load(
-            gates + next_row.to(tl.int64) * (WORDS * H) + gate_at,
-            mask=(m < WORDS * H) & (seq < next_count),
-            other=0,
-        )
+        x = load_gates(gates, next_row, gate_at, (m < WORDS * H) & (seq < next_count), WORDS * H)
         after_row, after_count = step_rows(offsets, length, t + 2 * dt, T, B)
-        saved, new = STEP(pre if MEMBERS > 1 else unpack(pre[0], S), state, FAST)
-        if ZONED:
-            if STATES == 2:
-                new = (keep(new[0], state[0], kept), keep(new[1], state[1], kept_c))
-                kept_c = load_kept(
-                    zone_c,
-                    zoneout,
-                    next_row.to(tl.int64) * (D * H) + column + state_at,
-                    (u < H) & (seq < next_count),
-                )
-            else:
-                new = (keep(new[0], state[0], kept),)
-            kept = load_kept(
-                zone_h,
-                zoneout,
-                next_row.to(tl.int64) * (D * H) + column + state_at,
-                (u < H) & (seq < next_count),
-            )
-        if RAGGED:
-            running = seq < count
-            if STATES == 2:
-                state = (tl.where(running, new[0], state[0]), tl.where(running, new[1], state[1]))
-            else:
-                state = (tl.where(running, new[0], state[0]),)
-        else:
-            state = new
 
-        hw = state[0].to(dtype)
-        stored = (u < H) & (seq < count)
-        out_at = out + (row.to(tl.int64) * (D * H) + column)
+        saved, new = STEP(pre if GROUP else unpack(pre[0], S), state, FAST)
+        if ZONED:
+            new = blend(new, state, keep)
+            next_at = next_row.to(tl.int64) * WIDTH + column + state_at
+            keep = load_keep(zone_h, zone_c, zoneout, next_at, (u < H) & (seq < next_count), STATES)
+        state = select(seq < count, new, state) if RAGGED else new
+        h = state[0].to(dtype)
         c = state[STATES - 1]
-        operand = hw
-        if FEEDS:
-            if reset is not None:
-                again = load_reset(reset, next_row, seq, seq < next_count)
-                if STATES == 2:
-                    state = (tl.where(again, restart, state[0]), tl.where(again, restarts, c))
-                else:
-                    state = (tl.where(again, restart, state[0]),)
-            operand = state[0]
-            if drop is not None:
-                operand = operand * dropped
-            operand = operand.to(dtype)
+        stored = (u < H) & (seq < count)
+        if reset is not None:
+            next_resets = load_reset(reset, next_row, seq, seq < next_count)
+            state = select(next_resets, restarts, state)
+        operand = (state[0] if drop is None else state[0] * dropped).to(dtype)
+
+        # What others wait for is stored first, the rest while they read it. One program stores h
+        # before or after its product, as ptxas makes the shorter step of it.
+        out_at = out + (row.to(tl.int64) * WIDTH + column)
         if fed is not None:
-            fed_at = fed + next_row.to(tl.int64) * (D * H) + state_at
+            fed_at = fed + next_row.to(tl.int64) * WIDTH + state_at
             tl.store(fed_at, operand, mask=(u < H) & (seq < next_count))
-        if MEMBERS > 1:
-            # What the others wait for comes first; the rest is stored while they read it.
-            if FEEDS:
-                arrive(counters, step + FED_BEFORE, BLOCK_BARRIER)
-                tl.store(out_at + state_at, hw, mask=stored)
-            else:
-                tl.store(out_at + state_at, hw, mask=stored)
-                arrive(counters, step, BLOCK_BARRIER)
-        else:
-            hs = (operand,)
-            if SAVE:  # before or after the product, as ptxas makes the shorter step of it
-                tl.store(out_at + state_at, hw, mask=stored)
-            first = products(ws, hs, once, RESIDENT, KS, MS, PRECISION)
-            if G > 1:
-                last = products(ws_last, hs, once, RESIDENT, KS, MS, PRECISION)
-            if not SAVE:
-                tl.store(out_at + state_at, hw, mask=stored)
+        if GROUP and FEEDS:
+            arrive(counters, step + FED_BEFORE, BLOCK_BARRIER)
+        if GROUP or SAVE:
+            tl.store(out_at + state_at, h, mask=stored)
+        if GROUP and not FEEDS:
+            arrive(counters, step, BLOCK_BARRIER)
+        if not GROUP:
+            halves = multiply(ws, (operand,), once, G, RESIDENT, KS, MS, PRECISION)
+        if not (GROUP or SAVE):
+            tl.store(out_at + state_at, h, mask=stored)
         if c_seq is not None:
-            tl.store(c_seq + (row.to(tl.int64) * (D * H) + column) + state_at, c, mask=stored)
+            tl.store(c_seq + (row.to(tl.int64) * WIDTH + column) + state_at, c, mask=stored)
         if SAVE and (S == 4 or ZONED):
             y = to_memory(saved, dtype, WORDS, BLOCK_H, BLOCK_B)
-            tl.store(
-                gates + row.to(tl.int64) * (WORDS * H) + gate_at,
-                y,
-                mask=(m < WORDS * H) & (seq < count),
-            )
+            store_gates(gates, row, gate_at, y, (m < WORDS * H) & (seq < count), WORDS * H)
 
         if G == 3:
-            x = put_hidden(x, hidden, m, WORDS)
-        if MEMBERS > 1:
+            x = insert_recurrent_bias(x, bias_n, m, WORDS)
+        if GROUP:
             wait(counters, step + FED_BEFORE, MEMBERS, BLOCK_BARRIER)
-            if FEEDS:
-                h_at = fed + next_row.to(tl.int64) * (D * H) + b * (D * H)
-                present = seq < next_count
-            else:
-                h_at = out_at + b * (D * H)
-                present = seq < B
+            h_at = (fed + next_row.to(tl.int64) * WIDTH if FEEDS else out_at) + b * WIDTH
+            present = seq < (next_count if FEEDS else B)
             if STREAM:
-                first = stream_product(
-                    w, h_at, present, u0, 0, FIRST, H, BLOCK_H, BLOCK_K, PRECISION
-                )
-                if G > 1:
-                    last = stream_product(
-                        w, h_at, present, u0, 2, G - 2, H, BLOCK_H, BLOCK_K, PRECISION
-                    )
+                halves = multiply_streamed(w, h_at, present, u0, G, H, BLOCK_H, BLOCK_K, PRECISION)
             else:
                 hs = load_h(h_at, present, H, BLOCK_K, CHUNKS)
-                first = products(ws, hs, once, RESIDENT, KS, MS, PRECISION)
-                if G > 1:
-                    last = products(ws_last, hs, once, RESIDENT, KS, MS, PRECISION)
-        acc = join_gates(first, last, G, BLOCK_H, KS, MS)
-        acc += from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
-        pre = unpack(acc, S) if MEMBERS > 1 else (acc,)
+                halves = multiply(ws, hs, once, G, RESIDENT, KS, MS, PRECISION)
+        acc = join_gates(halves, G, BLOCK_H, KS, MS) + from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
+        pre = unpack(acc, APART)
         row, count, next_row, next_count = next_row, next_count, after_row, after_count
         t += dt
         step += 1
 
-    tl.store(h_n + first_row + first_at, state[0].to(h_n.dtype.element_ty), mask=mine)
-    if STATES == 2:
-        tl.store(c_n + first_row + first_at, state[1].to(c_n.dtype.element_ty), mask=mine)
+    store_states((h_n, c_n) if STATES == 2 else (h_n,), first_row, first_at, state, mine)
 
 
 NONE = Extras()

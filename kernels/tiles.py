@@ -80,6 +80,45 @@ def to_memory(slots, dtype, WORDS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B:
 
 
 @triton.jit
+def insert_recurrent_bias(x, bias_n, m, WORDS: tl.constexpr):
+    """GRU's tile as it was loaded, with the recurrent bias of n in its last slot."""
+    if WORDS == 1:
+        x = (x & 0xFFFFFFFFFFFF) | (bias_n.to(tl.uint16, bitcast=True).to(tl.int64) << 48)
+    else:
+        x = tl.where(m % 4 == 3, bias_n, x)
+    return x
+
+
+@triton.jit
+def load_gates(gates, row, gate_at, mask, WIDTH: tl.constexpr):
+    """A step's tile of gates as it lies in memory, whose rows are WIDTH apart."""
+    return tl.load(gates + row.to(tl.int64) * WIDTH + gate_at, mask=mask, other=0)
+
+
+@triton.jit
+def store_gates(gates, row, gate_at, x, mask, WIDTH: tl.constexpr):
+    """The inverse of `load_gates`."""
+    tl.store(gates + row.to(tl.int64) * WIDTH + gate_at, x, mask=mask)
+
+
+@triton.jit
+def load_states(pointers, first, at, mask):
+    """The states of a cell, (h,) or (h, c), in fp32."""
+    states = ()
+    for i in tl.static_range(len(pointers)):
+        states = states + (tl.load(pointers[i] + first + at, mask=mask, other=0.0).to(tl.float32),)
+    return states
+
+
+@triton.jit
+def store_states(pointers, first, at, states, mask):
+    """The inverse of `load_states`, in the type of each pointer."""
+    for i in tl.static_range(len(pointers)):
+        to = pointers[i] + first + at
+        tl.store(to, states[i].to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def unpack(x, S: tl.constexpr):
     """[BLOCK_H, BLOCK_B, 2, 2] to a tuple of four gates."""
     if S == 4:

@@ -254,24 +254,69 @@ def add_slices(x, S: tl.constexpr, KS: tl.constexpr):
 
 
 @triton.jit
-def join_gates(
-    first, last, G: tl.constexpr, BLOCK_H: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr
-):
-    """The products of both weight tiles to the slots of a cell, as `tiles.from_memory` has them."""
-    first = gate_tiles(first, 2 if G > 1 else 1, BLOCK_H, KS, MS)
+def join_gates(halves, G: tl.constexpr, BLOCK_H: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr):
+    """The products of both halves to the slots of a cell, as `tiles.from_memory` has them."""
+    acc = gate_tiles(halves[0], 2 if G > 1 else 1, BLOCK_H, KS, MS)
     if G > 1:
-        last = gate_tiles(last, G - 2, BLOCK_H, KS, MS)
+        last = gate_tiles(halves[1], G - 2, BLOCK_H, KS, MS)
         if G == 3:
             last = tl.join(last * 0.0, last)
             if KS > 1:
                 last = tl.permute(last, (0, 1, 3, 2))
-        acc = tl.join(first, last)
+        acc = tl.join(acc, last)
         if KS > 1:
             acc = tl.permute(acc, (0, 1, 4, 2, 3))
         else:
             acc = tl.permute(acc, (0, 1, 3, 2))
-    else:
-        acc = first
     if KS > 1:
         acc = add_slices(acc, 4 if G > 1 else 1, KS)
     return acc
+
+
+# Both halves of the weights, (first two gates, others), or the only one of a cell with one gate.
+
+
+@triton.jit
+def prime(
+    w, scale, u0, hs, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, REGISTERS: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The resident weights, and their product with the first h (see `first_products`)."""
+    FIRST: tl.constexpr = 2 if G > 1 else 1
+    ws, acc = first_products(
+        w, scale, u0, hs, 0, FIRST, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
+    )
+    if G == 1:
+        return (ws,), (acc,)
+    else:
+        ws_last, last = first_products(
+            w, scale, u0, hs, 2, G - 2, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
+        )
+        return (ws, ws_last), (acc, last)
+
+
+@triton.jit
+def multiply(
+    ws, hs, once, G: tl.constexpr, REGISTERS: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W h from resident weights."""
+    halves = (products(ws[0], hs, once, REGISTERS, KS, MS, PRECISION),)
+    if G > 1:
+        halves = halves + (products(ws[1], hs, once, REGISTERS, KS, MS, PRECISION),)
+    return halves
+
+
+@triton.jit
+def multiply_streamed(
+    w, at, running, u0, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W h from weights that are read on the way."""
+    FIRST: tl.constexpr = 2 if G > 1 else 1
+    halves = (stream_product(w, at, running, u0, 0, FIRST, H, BLOCK_H, BLOCK_K, PRECISION),)
+    if G > 1:
+        last = stream_product(w, at, running, u0, 2, G - 2, H, BLOCK_H, BLOCK_K, PRECISION)
+        halves = halves + (last,)
+    return halves

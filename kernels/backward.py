@@ -12,17 +12,20 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fused_rnn.kernels.cells import ADJOINTS, CELL_STATES, FACTORS
 from fused_rnn.kernels.extras import (
     Extras,
-    clip_gradient,
+    add_gradient,
+    add_where,
+    clip_gradients,
+    load_gradient,
     load_keep,
     load_lengths,
     load_reset,
+    select,
     zeros_where_ragged,
 )
 from fused_rnn.kernels.forward import NONE, Rows, direction_bits
@@ -35,149 +38,26 @@ from fused_rnn.kernels.group import (
     wait,
 )
 from fused_rnn.kernels.launch import Variant, launch, sweep_kernel
+from fused_rnn.kernels.partials import (
+    multiply_transposed,
+    operands,
+    prime_transposed,
+    send_partials,
+    sum_partials,
+)
 from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
     from_memory,
+    load_step,
     pin,
     step_rows,
+    store_gates,
+    store_states,
     tile_steps,
     to_memory,
     unpack,
     words,
 )
-from fused_rnn.kernels.weights import add_slices, load_weights, product
-
-
-@triton.jit
-def join_rows(x, y, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
-    """Two gates as one right operand [2 * BLOCK_H, BLOCK_B], row = gate * BLOCK_H + unit."""
-    return tl.reshape(tl.permute(tl.join(x, y), (2, 0, 1)), (2 * BLOCK_H, BLOCK_B))
-
-
-@triton.jit
-def operands(slots, dtype, G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
-    """What goes through the transposed weights: of the first two gates or the only one; the others.
-
-    GRU has one other, in slot 3.
-    """
-    x = slots[0].to(dtype)
-    y = x
-    if G > 1:
-        x = join_rows(x, slots[1].to(dtype), BLOCK_H, BLOCK_B)
-        y = slots[3].to(dtype)
-    if G == 4:
-        y = join_rows(slots[2].to(dtype), y, BLOCK_H, BLOCK_B)
-    return x, y
-
-
-@triton.jit
-def through_weights(w, x, init, MS: tl.constexpr, PRECISION: tl.constexpr):
-    """`product` with a transposed tile, to [BLOCK_K, BLOCK_B]."""
-    ROWS: tl.constexpr = init.shape[0]
-    if MS > 1:
-        init = tl.reshape(init, (MS, ROWS // MS, init.shape[1]))
-    dh = product(w, x, init, 1, MS, PRECISION)
-    if MS > 1:
-        dh = tl.reshape(dh, (ROWS, dh.shape[2]))
-    return dh
-
-
-@triton.jit
-def store_partial(
-    part,
-    partials,
-    chunk,
-    member,
-    MEMBERS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Store what this program found for a chunk of all units, each member's part at its place."""
-    k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
-    at = ((k // BLOCK_H) * MEMBERS + member) * (BLOCK_H * BLOCK_B)
-    at += tl.arange(0, BLOCK_B)[None, :] * BLOCK_H + k % BLOCK_H
-    tl.store(partials + at, part, mask=k < MEMBERS * BLOCK_H)
-
-
-@triton.jit
-def sum_partials(
-    partials,
-    u0,
-    MEMBERS: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Add what all members found for this program's units [BLOCK_H, BLOCK_B], in a fixed order."""
-    p = tl.arange(0, TOGETHER)[:, None, None]
-    u = tl.arange(0, BLOCK_H)[None, None, :]
-    at = (p * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]) * BLOCK_H + u
-    total = tl.zeros((TOGETHER, BLOCK_B, BLOCK_H), tl.float32)
-    for i in tl.static_range(0, MEMBERS, TOGETHER):
-        total += tl.load(
-            partials + i * (BLOCK_B * BLOCK_H) + at,
-            mask=(i + p < MEMBERS) & (u0 + u < H),
-            other=0.0,
-            cache_modifier=".cg",
-        )
-    return add_slices(tl.permute(total, (2, 1, 0)), 1, TOGETHER)
-
-
-@triton.jit
-def load_step(
-    gates,
-    states,
-    initial,
-    reset,
-    restart,
-    row,
-    count,
-    before_row,
-    before_count,
-    gate_at,
-    state_at,
-    first_at,
-    seq,
-    B,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    WORDS: tl.constexpr,
-    ZONED: tl.constexpr,
-    u,
-    m,
-):
-    """Start loading what the factors of a step need: its saved gates and the state before it.
-
-    A cell without saved gates (RNN) needs its output instead, and no state before it.
-    """
-    if G == 1 and not ZONED:
-        x = tl.load(
-            states + row.to(tl.int64) * (D * H) + state_at, mask=(u < H) & (seq < count), other=0.0
-        )
-        before = x
-    else:
-        x = tl.load(
-            gates + row.to(tl.int64) * (WORDS * H) + gate_at,
-            mask=(m < WORDS * H) & (seq < count),
-            other=0,
-        )
-        if G == 1:
-            before = x.to(tl.float32)
-        else:
-            state = states + before_row.to(tl.int64) * (D * H) + state_at
-            at = tl.where(seq < before_count, state, initial + first_at)
-            mask = (u < H) & (seq < B)
-            if reset is not None:
-                again = load_reset(reset, row, seq, seq < count)
-                if restart is None:
-                    mask = mask & (again == 0)
-                else:
-                    at = tl.where(again, restart + u, at)
-            before = tl.load(at, mask=mask, other=0.0)
-    return x, before
 
 
 @sweep_kernel
@@ -236,10 +116,13 @@ def backward_kernel(
     S: tl.constexpr = 4 if G > 1 else 1
     dtype: tl.constexpr = w.dtype.element_ty
     WORDS: tl.constexpr = words(S, MEMBERS, dtype)
-    FIRST: tl.constexpr = 2 if G > 1 else 1
+    WIDTH: tl.constexpr = D * H
+    GROUP: tl.constexpr = MEMBERS > 1
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     RAGGED: tl.constexpr = (offsets is not None) or (lengths is not None)
     ZONED: tl.constexpr = (zone_h is not None) or (zoneout is not None)
+    # c after a step is what the next one began with, unless that one began anew.
+    RELOADS: tl.constexpr = (reset is not None) and (STATES == 2 and not ZONED)
     member = tl.program_id(0)
     direction = first_direction + tl.program_id(2)
     d = direction.to(tl.int64)
@@ -252,7 +135,7 @@ def backward_kernel(
     backwards = ((reverse >> direction) & 1) != 0
     t = tl.where(backwards, 0, steps - 1)
     dt = tl.where(backwards, 1, -1)
-    if MEMBERS > 1:
+    if GROUP:
         counters += (batch_tile * D + direction) * (2 * LINE)
         PART: tl.constexpr = MEMBERS * BLOCK_H * BLOCK_B  # of one member, or for one
         group = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
@@ -262,11 +145,11 @@ def backward_kernel(
     u = u0 + tl.arange(0, BLOCK_H)[:, None]
     m = u0 * WORDS + tl.arange(0, WORDS * BLOCK_H)[:, None]
     gate_at = b * (WORDS * H) + m
-    state_at = b * (D * H) + u
+    state_at = b * WIDTH + u
     first_at = b * H + u
     first_row = (d * B + b0) * H
     mine = (u < H) & (seq < B)
-    column = b0.to(tl.int64) * (D * H) + d * H
+    column = b0.to(tl.int64) * WIDTH + d * H
     if WORDS < S:
         gates = gates.to(tl.pointer_type(tl.int64))
         dgates = dgates.to(tl.pointer_type(tl.int64))
@@ -284,6 +167,8 @@ def backward_kernel(
         dout += column
     if dc_seq is not None:
         dc_seq += column
+    memory = (gates, states, initial, reset, restart)
+    places = (gate_at, state_at, first_at, seq, u, m, mine)
 
     # A product with zeros before the loop reads the weights into registers (see weights.py), and
     # leaves dh in the layout of a product, which the whole step takes over from it if the product
@@ -292,43 +177,20 @@ def backward_kernel(
     none = tl.zeros((BLOCK_H, BLOCK_B), tl.float32) + zero
     nothing = tl.zeros((BLOCK_K, BLOCK_B), tl.float32) + zero
     ws = ()
-    ws_last = ()
     dh = none
     if not STREAM:
-        first, last = operands((none, none, none, none), dtype, G, BLOCK_H, BLOCK_B)
-        for i in tl.static_range(CHUNKS):
-            if i > 0:
-                tl.debug_barrier()
-            a = load_weights(w, scale, u0, i, 0, FIRST, H, BLOCK_H, BLOCK_K, 1, MS, True)
-            nothing = through_weights(a, first, nothing, MS, PRECISION)
-            if i < REGISTERS:
-                ws = ws + (a,)
-            if G > 1:
-                tl.debug_barrier()
-                a = load_weights(w, scale, u0, i, 2, G - 2, H, BLOCK_H, BLOCK_K, 1, MS, True)
-                nothing = through_weights(a, last, nothing, MS, PRECISION)
-                if i < REGISTERS:
-                    ws_last = ws_last + (a,)
-        for i in tl.static_range(REGISTERS, CHUNKS):
-            tl.debug_barrier()
-            ws = ws + (load_weights(w, None, u0, i, 0, FIRST, H, BLOCK_H, BLOCK_K, 1, MS, True),)
-            if G > 1:
-                a = load_weights(w, None, u0, i, 2, G - 2, H, BLOCK_H, BLOCK_K, 1, MS, True)
-                ws_last = ws_last + (a,)
-    if MEMBERS > 1:
+        xs = operands((none, none, none, none), dtype, G, BLOCK_H, BLOCK_B)
+        ws, nothing = prime_transposed(
+            w, scale, u0, xs, nothing, G, H, BLOCK_H, BLOCK_K, CHUNKS, REGISTERS, MS, PRECISION
+        )
+    if GROUP:
         dh += tl.sum(nothing)  # a scalar: its layout is to reach nothing
     else:
         dh = nothing
     none = pin(none, dh, zero)
-    dc = none
-    if dh_n is not None:
-        dh += tl.load(dh_n + first_row + first_at, mask=mine, other=0.0).to(tl.float32)
-    if dc_n is not None:
-        dc += tl.load(dc_n + first_row + first_at, mask=mine, other=0.0).to(tl.float32)
-
-    restarted_dh = none
-    restarted_dc = none
-    dropped = none
+    dh = add_gradient(dh, load_gradient(dh_n, first_row, first_at, mine))
+    dc = add_gradient(none, load_gradient(dc_n, first_row, first_at, mine))
+    restarted = (none, none)
     if drop is not None:
         dropped = tl.load(drop + first_row + first_at, mask=mine, other=0.0).to(tl.float32)
         dropped = pin(dropped, dh, zero)
@@ -336,25 +198,15 @@ def backward_kernel(
     row, count = step_rows(offsets, length, t, T, B)
     next_row, next_count = step_rows(offsets, length, t + dt, T, B)
     here = (u < H) & (seq < count)
-    x, before = load_step(
-        gates, states, initial, reset, restart, row, count, next_row, next_count, gate_at, state_at,
-        first_at, seq, B, G, D, H, WORDS, ZONED, u, m,
-    )  # fmt: skip
+    x, before = load_step(memory, row, count, next_row, next_count, places, G, D, H, WORDS, ZONED)
+    at = row.to(tl.int64) * WIDTH
     if ZONED:
-        at = row.to(tl.int64) * (D * H) + column + state_at
-        keep = load_keep(zone_h, zone_c, zoneout, at, here, STATES)
-    if dout is not None:
-        dh += tl.load(dout + row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0).to(
-            tl.float32
-        )
+        keep = load_keep(zone_h, zone_c, zoneout, at + column + state_at, here, STATES)
+    dh = add_gradient(dh, load_gradient(dout, at, state_at, here))
+    dc = add_gradient(dc, load_gradient(dc_seq, at, state_at, here))
     now = none
     if STATES == 2:
-        now = tl.load(states + row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0)
-        now = pin(now, dh, zero)
-        if dc_seq is not None:
-            dc += tl.load(dc_seq + row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0).to(
-                tl.float32
-            )
+        now = pin(tl.load(states + at + state_at, mask=here, other=0.0), dh, zero)
     before = pin(before, dh, zero)
     saved = unpack(pin(from_memory(x, dtype, S, BLOCK_H, BLOCK_B), dh, zero), S)
     if ZONED and STATES == 2:
@@ -365,123 +217,72 @@ def backward_kernel(
     while step < steps:  # no `for`, see the forward sweep
         after_row, after_count = step_rows(offsets, length, t + 2 * dt, T, B)
         x, earlier = load_step(
-            gates, states, initial, reset, restart, next_row, next_count, after_row, after_count,
-            gate_at, state_at, first_at, seq, B, G, D, H, WORDS, ZONED, u, m,
-        )  # fmt: skip
+            memory, next_row, next_count, after_row, after_count, places, G, D, H, WORDS, ZONED
+        )
         here = (u < H) & (seq < next_count)
+        at = next_row.to(tl.int64) * WIDTH
         if reset is not None:
-            again = load_reset(reset, row, seq, seq < count)
-            if STATES == 2 and not ZONED:  # a new stretch has not begun with c of the step before
-                ended = tl.load(
-                    states + next_row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0
-                )
-        if dout is not None:
-            gh = tl.load(dout + next_row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0)
-        if dc_seq is not None:
-            gc = tl.load(dc_seq + next_row.to(tl.int64) * (D * H) + state_at, mask=here, other=0.0)
+            resets = load_reset(reset, row, seq, seq < count)
+        if RELOADS:
+            ended = tl.load(states + at + state_at, mask=here, other=0.0)
+        next_dout = load_gradient(dout, at, state_at, here)
+        next_dc_seq = load_gradient(dc_seq, at, state_at, here)
 
-        if ZONED:
-            at = next_row.to(tl.int64) * (D * H) + column + state_at
-            held_h = keep[0] * dh
-            held_c = keep[STATES - 1] * dc
-            keep = load_keep(zone_h, zone_c, zoneout, at, here, STATES)
-            slots, direct, new_dc = ADJOINT(factors, dh - held_h, dc - held_c, none)
-            direct += held_h
-            new_dc += held_c
+        if ZONED:  # what is kept passes the cell by
+            kept_dh, kept_dc = keep[0] * dh, keep[STATES - 1] * dc
+            keep = load_keep(zone_h, zone_c, zoneout, at + column + state_at, here, STATES)
+            slots, direct, new_dc = ADJOINT(factors, dh - kept_dh, dc - kept_dc, none)
+            direct, new_dc = direct + kept_dh, new_dc + kept_dc
         else:
             slots, direct, new_dc = ADJOINT(factors, dh, dc, none)
-        first, last = operands(slots, dtype, G, BLOCK_H, BLOCK_B)
-        if MEMBERS > 1:
-            parity = (step % 2) * (MEMBERS * PART)
-            if STREAM:
-                for i in tl.range(0, CHUNKS, num_stages=3):
-                    part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
-                    a = load_weights(w, None, u0, i, 0, FIRST, H, BLOCK_H, BLOCK_K, 1, 1, True)
-                    part = through_weights(a, first, part, 1, PRECISION)
-                    if G > 1:
-                        a = load_weights(w, None, u0, i, 2, G - 2, H, BLOCK_H, BLOCK_K, 1, 1, True)
-                        part = through_weights(a, last, part, 1, PRECISION)
-                    store_partial(
-                        part, partials + parity, i, member, MEMBERS, BLOCK_H, BLOCK_K, BLOCK_B
-                    )
-            else:
-                for i in tl.static_range(CHUNKS):
-                    part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
-                    if i < REGISTERS:
-                        part = through_weights(ws[i], first, part, MS, PRECISION)
-                        if G > 1:
-                            part = through_weights(ws_last[i], last, part, MS, PRECISION)
-                    else:
-                        for _ in range(once):  # see `weights.products`
-                            part = through_weights(ws[i], first, part, MS, PRECISION)
-                            if G > 1:
-                                part = through_weights(ws_last[i], last, part, MS, PRECISION)
-                    store_partial(
-                        part, partials + parity, i, member, MEMBERS, BLOCK_H, BLOCK_K, BLOCK_B
-                    )
+        xs = operands(slots, dtype, G, BLOCK_H, BLOCK_B)
+        if GROUP:
+            exchanged = partials + (step % 2) * (MEMBERS * PART)
+            send_partials(
+                w, ws, u0, xs, once, exchanged, member, MEMBERS, STREAM, G, H, BLOCK_H, BLOCK_K,
+                CHUNKS, REGISTERS, MS, PRECISION,
+            )  # fmt: skip
             arrive(counters, step, BLOCK_BARRIER)
         else:
-            # Two accumulators: half as long a chain of dependent instructions.
-            init = direct if drop is None else none
-            new_dh = through_weights(ws[0], first, init, MS, PRECISION)
-            if G > 1:
-                new_dh += through_weights(ws_last[0], last, none, MS, PRECISION)
-            if drop is not None:
-                new_dh = direct + dropped * new_dh
+            new_dh = multiply_transposed(
+                ws[0], xs, direct if drop is None else none, none, MS, PRECISION
+            )
         y = to_memory(slots, dtype, WORDS, BLOCK_H, BLOCK_B)
-        tl.store(
-            dgates + row.to(tl.int64) * (WORDS * H) + gate_at,
-            y,
-            mask=(m < WORDS * H) & (seq < count),
-        )
+        store_gates(dgates, row, gate_at, y, (m < WORDS * H) & (seq < count), WORDS * H)
 
         # In a group, only sums of partials reach dh: its layout is then not that of a product.
-        ref = slots[0] if MEMBERS == 1 else dh
-        now = before
-        if reset is not None and STATES == 2 and not ZONED:
-            now = pin(ended, ref, zero)
+        ref = dh if GROUP else slots[0]
+        now = pin(ended, ref, zero) if RELOADS else before
         before = pin(earlier, ref, zero)
         saved = unpack(pin(from_memory(x, dtype, S, BLOCK_H, BLOCK_B), ref, zero), S)
         if ZONED and STATES == 2:
             now = CELL_STATE(saved, before)
         factors = FACTORS(saved, now, before, FAST)
-        if MEMBERS > 1:
+
+        if GROUP:
             wait(counters, step, MEMBERS, BLOCK_BARRIER)
-            new_dh = sum_partials(
-                partials + parity + member * PART, u0, MEMBERS, TOGETHER, H, BLOCK_H, BLOCK_B
-            )
-            if drop is not None:
-                new_dh = dropped * new_dh
+            received = exchanged + member * PART
+            new_dh = sum_partials(received, u0, MEMBERS, TOGETHER, H, BLOCK_H, BLOCK_B)
+        if drop is not None:
+            new_dh = dropped * new_dh
+        if GROUP or drop is not None:
             new_dh = direct + new_dh
-        new_dh = clip_gradient(new_dh, clip)
-        new_dc = clip_gradient(new_dc, clip)
+        new = clip_gradients((new_dh, new_dc), clip)
         if reset is not None:
             if drestart_h is not None:
-                restarted_dh += tl.where(again, new_dh, 0.0)
-                restarted_dc += tl.where(again, new_dc, 0.0)
-            new_dh = tl.where(again, 0.0, new_dh)
-            new_dc = tl.where(again, 0.0, new_dc)
+                restarted = add_where(resets, restarted, new)
+            new = select(resets, (0.0, 0.0), new)
         if RAGGED:
-            running = seq < count
-            new_dh = tl.where(running, new_dh, dh)
-            new_dc = tl.where(running, new_dc, dc)
-        dh = new_dh
-        dc = new_dc
-        if dout is not None:
-            dh += gh.to(tl.float32)
-        if dc_seq is not None:
-            dc += gc.to(tl.float32)
+            new = select(seq < count, new, (dh, dc))
+        dh, dc = add_gradient(new[0], next_dout), add_gradient(new[1], next_dc_seq)
         row, count, next_row, next_count = next_row, next_count, after_row, after_count
         t += dt
         step += 1
 
-    tl.store(dh0 + first_row + first_at, dh.to(dh0.dtype.element_ty), mask=mine)
-    if STATES == 2:
-        tl.store(dc0 + first_row + first_at, dc.to(dc0.dtype.element_ty), mask=mine)
+    store_states((dh0, dc0) if STATES == 2 else (dh0,), first_row, first_at, (dh, dc), mine)
     if drestart_h is not None:
-        tl.store(drestart_h + first_row + first_at, restarted_dh, mask=mine)
-        if STATES == 2:
-            tl.store(drestart_c + first_row + first_at, restarted_dc, mask=mine)
+        pointers = (drestart_h, drestart_c) if STATES == 2 else (drestart_h,)
+        store_states(pointers, first_row, first_at, restarted, mine)
 
 
 class Gradients(NamedTuple):

@@ -128,8 +128,38 @@ def select(mask, a, b):
 
 
 @triton.jit
-def clip_gradient(x, clip):
-    """Cut to [-clip, clip]; NaN stays NaN."""
-    if clip is not None:
-        x = tl.where(x > clip, clip, tl.where(x < -clip, -clip, x))
+def load_gradient(pointer, first, at, mask):
+    """The tile of a gradient from outside, None if there is no pointer."""
+    tile = None
+    if pointer is not None:
+        tile = tl.load(pointer + first + at, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def add_gradient(x, other):
+    """The sum of a tile and what `load_gradient` returned."""
+    if other is not None:
+        x += other.to(tl.float32)
     return x
+
+
+@triton.jit
+def add_where(mask, states, others):
+    """The states, with the others added where the mask is set."""
+    sums = ()
+    for i in tl.static_range(len(states)):
+        sums = sums + (states[i] + tl.where(mask, others[i], 0.0),)
+    return sums
+
+
+@triton.jit
+def clip_gradients(states, clip):
+    """Each cut to [-clip, clip] if there is a bound; NaN stays NaN."""
+    cut = ()
+    for i in tl.static_range(len(states)):
+        x = states[i]
+        if clip is not None:
+            x = tl.where(x > clip, clip, tl.where(x < -clip, -clip, x))
+        cut = cut + (x,)
+    return cut

@@ -1,4 +1,4 @@
-"""Small tile operations that both sweeps share.
+"""Small tile operations of the sweeps, and their loads and stores.
 
 Two orders of one tile of gates occur. In memory the slots of a unit lie together, so a tile is read
 and written as [S * BLOCK_H, BLOCK_B], row = unit * S + slot. In registers a gate is a tile
@@ -7,6 +7,8 @@ and written as [S * BLOCK_H, BLOCK_B], row = unit * S + slot. In registers a gat
 
 import triton
 import triton.language as tl
+
+from fused_rnn.kernels.extras import load_reset
 
 
 @triton.jit
@@ -116,6 +118,38 @@ def store_states(pointers, first, at, states, mask):
     for i in tl.static_range(len(pointers)):
         to = pointers[i] + first + at
         tl.store(to, states[i].to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_step(
+    memory, row, count, before_row, before_count, places, G: tl.constexpr, D: tl.constexpr,
+    H: tl.constexpr, WORDS: tl.constexpr, ZONED: tl.constexpr,
+):  # fmt: skip
+    """What the factors of a step need, as it is loaded: its saved gates, the state before it.
+
+    A cell without saved gates (RNN) needs its output instead, and no state before it.
+    """
+    gates, states, initial, reset, restart = memory
+    gate_at, state_at, first_at, seq, u, m, mine = places
+    if G == 1 and not ZONED:
+        mask = (u < H) & (seq < count)
+        x = tl.load(states + row.to(tl.int64) * (D * H) + state_at, mask=mask, other=0.0)
+        return x, x
+    else:
+        x = load_gates(gates, row, gate_at, (m < WORDS * H) & (seq < count), WORDS * H)
+        if G == 1:
+            return x, x.to(tl.float32)
+        else:
+            state = states + before_row.to(tl.int64) * (D * H) + state_at
+            at = tl.where(seq < before_count, state, initial + first_at)
+            mask = mine
+            if reset is not None:
+                resets = load_reset(reset, row, seq, seq < count)
+                if restart is None:
+                    mask = mask & (resets == 0)
+                else:
+                    at = tl.where(resets, restart + u, at)
+            return x, tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -1,0 +1,170 @@
+"""The products with the transposed weights, and the partial sums that a group exchanges.
+
+In the reverse sweep a program has the rows of its own units' gates, and finds from their gradients
+a part of dh of all units. A group's programs store these parts, and each adds up those for its own
+units. What goes through the weights comes in halves, as in `weights`: (first two gates, others).
+"""
+
+import triton
+import triton.language as tl
+
+from fused_rnn.kernels.weights import add_slices, load_weights, product
+
+
+@triton.jit
+def join_rows(x, y, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Two gates as one right operand [2 * BLOCK_H, BLOCK_B], row = gate * BLOCK_H + unit."""
+    return tl.reshape(tl.permute(tl.join(x, y), (2, 0, 1)), (2 * BLOCK_H, BLOCK_B))
+
+
+@triton.jit
+def operands(slots, dtype, G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Both halves of what goes through the weights; GRU has one gate in the last, of slot 3."""
+    x = slots[0].to(dtype)
+    if G == 1:
+        return (x,)
+    else:
+        x = join_rows(x, slots[1].to(dtype), BLOCK_H, BLOCK_B)
+        y = slots[3].to(dtype)
+        if G == 4:
+            y = join_rows(slots[2].to(dtype), y, BLOCK_H, BLOCK_B)
+        return (x, y)
+
+
+@triton.jit
+def through_weights(w, x, init, MS: tl.constexpr, PRECISION: tl.constexpr):
+    """`product` with a transposed tile, to [BLOCK_K, BLOCK_B]."""
+    ROWS: tl.constexpr = init.shape[0]
+    if MS > 1:
+        init = tl.reshape(init, (MS, ROWS // MS, init.shape[1]))
+    dh = product(w, x, init, 1, MS, PRECISION)
+    if MS > 1:
+        dh = tl.reshape(dh, (ROWS, dh.shape[2]))
+    return dh
+
+
+@triton.jit
+def multiply_transposed(tiles, xs, init, none, MS: tl.constexpr, PRECISION: tl.constexpr):
+    """W^T x + init from the only chunk's tiles, none being zeros.
+
+    Two accumulators: half as long a chain of dependent instructions.
+    """
+    dh = through_weights(tiles[0], xs[0], init, MS, PRECISION)
+    if len(tiles) > 1:
+        dh += through_weights(tiles[1], xs[1], none, MS, PRECISION)
+    return dh
+
+
+@triton.jit
+def load_half(
+    w, scale, u0, chunk, first: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, MS: tl.constexpr,
+):  # fmt: skip
+    """A transposed tile of the half whose first gate is given."""
+    GATES: tl.constexpr = 2 if first + 1 < G else 1
+    return load_weights(w, scale, u0, chunk, first, GATES, H, BLOCK_H, BLOCK_K, 1, MS, True)
+
+
+@triton.jit
+def prime_transposed(
+    w, scale, u0, xs, init, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, REGISTERS: tl.constexpr, MS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The resident tiles of each chunk, and a product with them (see `weights.first_products`)."""
+    ws = ()
+    for i in tl.static_range(CHUNKS):
+        tiles = ()
+        for j in tl.static_range(0, G, 2):
+            if i + j > 0:
+                tl.debug_barrier()
+            tile = load_half(w, scale, u0, i, j, G, H, BLOCK_H, BLOCK_K, MS)
+            init = through_weights(tile, xs[j // 2], init, MS, PRECISION)
+            tiles = tiles + (tile,)
+        if i < REGISTERS:
+            ws = ws + (tiles,)
+    for i in tl.static_range(REGISTERS, CHUNKS):
+        tl.debug_barrier()
+        tiles = ()
+        for j in tl.static_range(0, G, 2):
+            tile = load_half(w, None, u0, i, j, G, H, BLOCK_H, BLOCK_K, MS)
+            tiles = tiles + (tile,)
+        ws = ws + (tiles,)
+    return ws, init
+
+
+@triton.jit
+def multiply_chunk(tiles, xs, part, MS: tl.constexpr, PRECISION: tl.constexpr):
+    """W^T x + part of the units of one chunk."""
+    for j in tl.static_range(len(xs)):
+        part = through_weights(tiles[j], xs[j], part, MS, PRECISION)
+    return part
+
+
+@triton.jit
+def store_partial(
+    part,
+    partials,
+    chunk,
+    member,
+    MEMBERS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Store what this program found for a chunk of all units, each member's part at its place."""
+    k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
+    at = ((k // BLOCK_H) * MEMBERS + member) * (BLOCK_H * BLOCK_B)
+    at += tl.arange(0, BLOCK_B)[None, :] * BLOCK_H + k % BLOCK_H
+    tl.store(partials + at, part, mask=k < MEMBERS * BLOCK_H)
+
+
+@triton.jit
+def send_partials(
+    w, ws, u0, xs, once, partials, member, MEMBERS: tl.constexpr, STREAM: tl.constexpr,
+    G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr, REGISTERS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store this program's part of W^T x for all units, by chunks; once: see `weights.products`."""
+    BLOCK_B: tl.constexpr = xs[0].shape[1]
+    if STREAM:
+        for i in tl.range(0, CHUNKS, num_stages=3):
+            part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
+            for j in tl.static_range(0, G, 2):
+                tile = load_half(w, None, u0, i, j, G, H, BLOCK_H, BLOCK_K, 1)
+                part = through_weights(tile, xs[j // 2], part, 1, PRECISION)
+            store_partial(part, partials, i, member, MEMBERS, BLOCK_H, BLOCK_K, BLOCK_B)
+    else:
+        for i in tl.static_range(CHUNKS):
+            part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
+            if i < REGISTERS:
+                part = multiply_chunk(ws[i], xs, part, MS, PRECISION)
+            else:
+                for _ in range(once):
+                    part = multiply_chunk(ws[i], xs, part, MS, PRECISION)
+            store_partial(part, partials, i, member, MEMBERS, BLOCK_H, BLOCK_K, BLOCK_B)
+
+
+@triton.jit
+def sum_partials(
+    partials,
+    u0,
+    MEMBERS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """The sum of what all members found for this program's units, in a fixed order."""
+    p = tl.arange(0, TOGETHER)[:, None, None]
+    u = tl.arange(0, BLOCK_H)[None, None, :]
+    at = (p * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]) * BLOCK_H + u
+    total = tl.zeros((TOGETHER, BLOCK_B, BLOCK_H), tl.float32)
+    for i in tl.static_range(0, MEMBERS, TOGETHER):
+        total += tl.load(
+            partials + i * (BLOCK_B * BLOCK_H) + at,
+            mask=(i + p < MEMBERS) & (u0 + u < H),
+            other=0.0,
+            cache_modifier=".cg",
+        )
+    return add_slices(tl.permute(total, (2, 1, 0)), 1, TOGETHER)

@@ -21,12 +21,12 @@ if sys.argv[1:2] == [CHILD]:
     import fakegpu
 
     fakegpu.install("emulate")
-    from fused_rnn.check import child
+    from fused_rnn.tools.check import child
 
     del sys.argv[1]
     child.main()
 else:
-    from fused_rnn.check.__main__ import main
+    from fused_rnn.tools.check.command import main
 
     arguments = sys.argv[1:] or ["--quick", "--limit", "600"]
     sys.exit(main(arguments, command=[sys.executable, __file__, CHILD]))

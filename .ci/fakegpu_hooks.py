@@ -1,13 +1,13 @@
 """All that this kit knows of names inside the package. Adapt this file when they change.
 
 hook                      used by            what it touches
-kernels_for_cpu_tensors   install            devices.kernel_device(device)
+kernels_for_cpu_tensors   install            engines.triton.devices.kernel_device(device)
 precision                 layers, recompile  nothing private: PyTorch's own switches
-forced_plan               layers             tuning.forced(chooser), kernels.plan.plans, Plan
-device_contexts           host               triton_engine._device_and_precision
-no_launches               waits              forward.launch, backward.launch, pack.launch_once
-recorded_layers           waits              autograd.run, dispatch.choose_for, Engine
-no_value_checks           waits              base.packed_reset
+forced_plan               layers             triton.plans.forced(chooser), kernels.planner.plans
+device_contexts           host               engines.triton.engine._device_and_precision
+no_launches               waits              engines.triton.engine.launch, kernels.pack.launch_once
+recorded_layers           waits              ops.functional.run and route_of, Engine
+no_value_checks           waits              layers.call.packed_reset
 
 The device's limits need no hook: the package reads torch.cuda.get_device_properties, which the
 emulator replaces. Nor do the kernels: they are launched by Triton, whose driver it replaces.
@@ -55,7 +55,11 @@ def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> Any:
 
 def kernels_for_cpu_tensors() -> None:
     """Let backend="triton" plan a layer of CPU tensors as if they lay on GPU 0."""
-    _replace(_module("devices"), "kernel_device", lambda _: lambda device: torch.device("cuda", 0))
+    _replace(
+        _module("engines.triton.devices"),
+        "kernel_device",
+        lambda _: lambda device: torch.device("cuda", 0),
+    )
 
 
 def precision(value: str) -> None:
@@ -80,14 +84,14 @@ def forced_plan(**fields: Any) -> Iterator[None]:
         "block_b": 8,
         "warps": 4,
     } | fields
-    plans = _module("kernels.plan").plans
-    tuning = _module("tuning")
+    plans = _module("kernels.planner").plans
+    tuning = _module("engines.triton.plans")
 
     def choose(request: Any, limits: Any) -> Any:
-        ours = plans(request.cell, request.H, request.dtype.itemsize, 1, request.D, limits)[0]
+        ours = plans(request._replace(B=1, precision="tf32"), limits)[0]
         chunks = 0 if wanted["regime"] == "streamed" else -(-request.H // wanted["block_k"])
-        members = -(-request.H // wanted["block_h"])
-        base = {"members": members, "chunks": chunks, "k_split": 1, "m_split": 1, "tiles": 0}
+        programs = -(-request.H // wanted["block_h"])
+        base = {"programs": programs, "chunks": chunks, "k_split": 1, "m_split": 1, "tiles": 0}
         return replace(ours, **(base | {"directions": request.D} | wanted))
 
     with tuning.forced(choose):
@@ -109,7 +113,7 @@ class _Device:
 
 def device_contexts() -> None:
     """Enter for CPU tensors what a call enters for CUDA tensors, so that its time counts."""
-    engine, context = _module("triton_engine"), _module("precision").matmul_precision
+    engine, context = _module("engines.triton.engine"), _module("spec.precision").matmul_precision
 
     def make(_: Any) -> Any:
         def contexts(x: torch.Tensor, precision: str) -> Any:
@@ -124,9 +128,8 @@ def device_contexts() -> None:
 
 def no_launches() -> None:
     """For tensors without memory: launches do nothing, not even Triton's own part."""
-    for name in ("kernels.forward", "kernels.backward"):
-        _replace(_module(name), "launch", lambda _: lambda *args, **arguments: None)
-        _replace(_module(name), "compile_target", lambda _: lambda device: None)
+    _replace(_module("engines.triton.engine"), "launch", lambda _: lambda what: None)
+    _replace(_module("kernels.sweeps"), "compile_target", lambda _: lambda device: None)
     _replace(_module("kernels.pack"), "launch_once", lambda _: lambda *args, **arguments: None)
 
 
@@ -137,27 +140,30 @@ def recorded_layers() -> list[Callable[[], None]]:
         a list that grows by one call of backward for each layer that runs with gradients enabled
     """
     found: list[Callable[[], None]] = []
-    dispatch = _module("dispatch")
+    functional, layer = _module("ops.functional"), _module("spec.layer")
 
-    def run(layer: Any, inputs: Any, backend: Any) -> Any:
-        engine = dispatch.choose_for(layer, inputs, backend, True, recorder=True).engine
+    def run(spec: Any, inputs: Any, backend: Any) -> Any:
         save = torch.is_grad_enabled()
-        outputs, saved = engine.forward(layer, inputs, save=save)
-        needs = tuple(t is not None and t.is_floating_point() for t in inputs)
+        with torch.enable_grad():  # the choice is that of training
+            engine = functional.route_of(spec, inputs, backend).choice.engine
+        with torch.set_grad_enabled(save):
+            outputs, saved = engine.forward(spec, inputs, save=save)
+        marks = [t is not None and t.is_floating_point() for t in inputs.flatten()]
+        needs = layer.Needs.restore(marks)
 
         def backward() -> None:
             grads = [None if t is None else torch.empty_like(t) for t in outputs[:3]]
-            engine.backward(layer, inputs, outputs.out, saved, (*grads, None), needs)
+            engine.backward(spec, inputs, outputs.out, saved, layer.OutputGrads(*grads), needs)
 
         if save:
             found.append(backward)
         return outputs
 
-    _replace(_module("autograd"), "run", lambda _: run)
+    _replace(functional, "run", lambda _: run)
     return found
 
 
 def no_value_checks() -> None:
     """Skip checks that read values, which tensors without memory do not have (on the CPU)."""
     make = lambda _: lambda input, reset: None if reset is None else reset.data  # noqa: E731
-    _replace(_module("base"), "packed_reset", make)
+    _replace(_module("layers.call"), "packed_reset", make)

@@ -3,7 +3,8 @@
 Public: FusedLSTM, FusedGRU, FusedRNN, explain. Private, each used by one stage:
 
     sweeps    bench      bench.cases.Case, bench.sweeps.ours,
-                         tuning.Request and choose_plan, devices.device_limits
+                         engines.cells.CELLS, kernels.plan.PlanRequest,
+                         engines.triton.plans.choose_plan, devices.device_limits
     barrier   barrier    kernels.group.arrive, wait and LINE
 """
 
@@ -46,12 +47,15 @@ def sweeps(
     """The time loops alone, "forward" and "both", under a layer's plan; and that plan."""
     from bench.cases import Case
     from bench.sweeps import ours
-    from fused_rnn.devices import device_limits
-    from fused_rnn.tuning import Request, choose_plan
+    from fused_rnn.engines.cells import CELLS as KNOWN
+    from fused_rnn.engines.triton.devices import device_limits
+    from fused_rnn.engines.triton.plans import choose_plan
+    from fused_rnn.kernels.plan import PlanRequest
 
     gpu = torch.device("cuda", 0)
     name = NAMES.get(cell, cell)
-    request = Request(name, H, DTYPES[dtype], B, 1, "ieee" if dtype == "ieee" else "tf32")
+    precision: Any = "ieee" if dtype == "ieee" else "tf32"
+    request = PlanRequest(KNOWN[name].kernels, H, DTYPES[dtype], B, 1, precision)  # type: ignore[arg-type]
     plan = choose_plan(request, device_limits(gpu), gpu)
     case = Case(name, "fp32" if dtype == "ieee" else dtype, T, B, H, H)
     return {
@@ -61,7 +65,7 @@ def sweeps(
 
 
 def barrier() -> tuple[Any, Any, int]:
-    """arrive(counters, step), wait(counters, step, members), int32 per counter; a group has two."""
+    """arrive(counters, step), wait(counters, step, programs), int32 of each of a group's two."""
     from fused_rnn.kernels import group
 
     return group.arrive, group.wait, int(getattr(group.LINE, "value", group.LINE))

@@ -19,11 +19,11 @@ import ptxsim  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from helpers import assert_close, plan_request  # noqa: E402
 from sweep_oracle import (  # noqa: E402
     CELLS,
     TOLERANCE,
     Problem,
-    assert_close,
     check_sweeps,
     group_plan,
 )
@@ -33,12 +33,23 @@ import fused_rnn.kernels.backward as backward  # noqa: E402
 import fused_rnn.kernels.forward as forward  # noqa: E402
 import fused_rnn.kernels.group as group  # noqa: E402
 import fused_rnn.kernels.pack as pack  # noqa: E402
-from fused_rnn import reference  # noqa: E402
+import fused_rnn.kernels.sweeps as sweeps  # noqa: E402
+import fused_rnn.kernels.variants as variants  # noqa: E402
+from fused_rnn.engines import reference  # noqa: E402
+from fused_rnn.engines.triton.engine import TritonEngine  # noqa: E402
+from fused_rnn.kernels.chips import LIMITS  # noqa: E402
 from fused_rnn.kernels.group import LINE  # noqa: E402
-from fused_rnn.kernels.plan import LIMITS, SPECS, make_plan  # noqa: E402
-from fused_rnn.problem import Extras, Layer, Masks  # noqa: E402
-from fused_rnn.rows import Rows  # noqa: E402
-from fused_rnn.triton_engine import TritonEngine  # noqa: E402
+from fused_rnn.kernels.planner import make_plan  # noqa: E402
+from fused_rnn.spec.batch import BatchLayout  # noqa: E402
+from fused_rnn.spec.layer import (  # noqa: E402
+    LayerInputs,
+    LayerSpec,
+    Needs,
+    Options,
+    OptionTensors,
+    OutputGrads,
+    Weights,
+)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 KERNELS = {
@@ -88,8 +99,8 @@ def emulate(arch, seed, wrong=None):
             fn.__annotations__ = kernel.fn.__annotations__
             kernel = triton.jit(fn)
         emulated.append(Emulated(kernel, arch, seed))
-        setattr(module, name, emulated[-1])
-        module.compile_target = lambda device: gpu_target(arch)
+        setattr(variants, name, emulated[-1])
+    sweeps.compile_target = lambda device: gpu_target(arch)
     return emulated
 
 
@@ -112,7 +123,7 @@ def check_cell(name, arch):
         (F16, 40, 3, 5, (False, True), False),
         (F32, 24, 3, 0, (False, True), True),
     ):
-        plan = make_plan(name, H, dtype.itemsize, B, len(reverse), LIMITS[arch])
+        plan = make_plan(plan_request(name, H, dtype, B, len(reverse)), LIMITS[arch])
         p = Problem(name, dtype, H, B, T, reverse, packed)
         check(p, plan, arch, saves=(False, True) if arch == 80 else (True,))
     print(f"sm_{arch} {name}: numbers right, no race", flush=True)
@@ -152,7 +163,7 @@ def check_group(group, arch):
         p = Problem(group.cell, group.dtype, group.H, 9, T, group.reverse, group.packed)
         plan = group_plan(p, warps=4, **group.plan)
         read[T] = check(p, plan, arch, group.precision, seed)
-    all_weights = SPECS[group.cell].gates * group.H**2 * group.dtype.itemsize
+    all_weights = CELLS[group.cell].kernels.gates * group.H**2 * group.dtype.itemsize
     once = 2 * len(group.reverse) * all_weights  # by two batch tiles
     if plan.regime == "streamed":
         assert read == {T: [(T + 1) * once, T * once] for T in (3, 6)}, read
@@ -165,8 +176,8 @@ def check_group(group, arch):
     print(f"{what}: numbers right, no race, weights read as planned", flush=True)
 
 
-def check_extras(name, arch, group):
-    """A layer with all extras at once, lengths, resets and masks, both directions."""
+def check_options(name, arch, group):
+    """A layer with all options at once, lengths, resets and masks, both directions."""
     emulate(arch, seed=1)
     H, B, T, I, D, cell = 24, 9, 4, 8, 2, CELLS[name]
     torch.manual_seed(3)
@@ -177,10 +188,11 @@ def check_extras(name, arch, group):
     G = cell.gates
     weights = []
     for _ in range(D):
-        weights += [random(G * H, I), random(G * H, H), random(G * H), random(G * H), None]
+        w = random(G * H, I), random(G * H, H), random(G * H), random(G * H), None
+        weights.append(Weights(*w))
     states = [random(D, B, H), random(D, B, H) if cell.has_c else None]
     zones = [torch.rand(T * B, D * H) < 0.3 for _ in range(2)]
-    masks = Masks(
+    tensors = OptionTensors(
         torch.tensor([4, 1, 3, 2, 4, 0, 4, 1, 2]),
         torch.rand(T * B) < 0.3,
         random(D, H),
@@ -190,29 +202,32 @@ def check_extras(name, arch, group):
         random(D, B, H).detach(),
     )
     x = random(T * B, I)
-    layer = Layer(cell, Rows(T, B), D, extras=Extras(True, 0.0, 0.3, cell.has_c))
-    inputs = (x, *states, *weights, *masks)
-    outputs = reference.run(layer, inputs)
+    options = Options(zoned=True, clip=0.3, cells=cell.has_c)
+    spec = LayerSpec(cell, BatchLayout(T, B), D, H, options=options)
+    inputs = LayerInputs(x, *states, tuple(weights), tensors)
+    outputs = reference.run(spec, inputs)
     present = [o for o in outputs if o is not None]
     grads = [torch.randn(o.shape).to(BF16).double() for o in present]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    flat = inputs.flatten()
+    needs = [t is not None and t.requires_grad for t in flat]
+    wanted = [t for t, need in zip(flat, needs, strict=True) if need]
     expected = torch.autograd.grad(present, wanted, grads)
 
     p = Problem(name, BF16, H, B, 1, (False, True))
-    plan = group_plan(p, warps=4) if group else make_plan(name, H, 2, B, D, LIMITS[arch])
+    one = make_plan(plan_request(name, H, BF16, B, D), LIMITS[arch])
+    plan = group_plan(p, warps=4) if group else one
     engine = TritonEngine(plan, "ieee")
-    cast = [t if t is None or not t.is_floating_point() else t.detach().to(BF16) for t in inputs]
+    cast = inputs.map(lambda t: t.detach().to(BF16) if t.is_floating_point() else t)
     with torch.no_grad():
-        found, saved = engine.forward(layer, cast, save=True)
-        needs = [t is not None and t.requires_grad for t in inputs]
-        padded = [*(g.to(BF16) for g in grads)]
-        given = [padded.pop(0) if o is not None else None for o in outputs]
-        back = engine.backward(layer, cast, found.out, saved, given, needs)
+        found, saved = engine.forward(spec, cast, save=True)
+        left = [g.to(BF16) for g in grads]
+        given = OutputGrads(*[left.pop(0) if o is not None else None for o in outputs])
+        back = engine.backward(spec, cast, found.out, saved, given, Needs.restore(needs)).flatten()
     for got, want in zip([o for o in found if o is not None], present, strict=True):
-        assert_close(got, want.detach(), TOLERANCE[BF16], "output")
+        assert_close(got, want.detach(), "output", of_largest=TOLERANCE[BF16])
     for got, want in zip([g for g, n in zip(back, needs, strict=True) if n], expected, strict=True):
-        assert_close(got, want, TOLERANCE[BF16], "gradient")
-    print(f"sm_{arch} {name} extras, {plan.regime}: numbers right, no race", flush=True)
+        assert_close(got, want, "gradient", of_largest=TOLERANCE[BF16])
+    print(f"sm_{arch} {name} options, {plan.regime}: numbers right, no race", flush=True)
 
 
 @triton.jit
@@ -222,9 +237,9 @@ def arrive_relaxed(counters, step, BLOCK_BARRIER: tl.constexpr):
 
 
 @triton.jit
-def wait_relaxed(counters, step, members, BLOCK_BARRIER: tl.constexpr):
+def wait_relaxed(counters, step, programs, BLOCK_BARRIER: tl.constexpr):
     """`group.wait` without its order."""
-    target = (step // 2 + 1) * members
+    target = (step // 2 + 1) * programs
     while tl.atomic_add(counters + (step % 2) * LINE, 0, sem="relaxed", scope="gpu") != target:
         pass
     tl.debug_barrier()
@@ -237,9 +252,9 @@ def arrive_bare(counters, step, BLOCK_BARRIER: tl.constexpr):
 
 
 @triton.jit
-def wait_bare(counters, step, members, BLOCK_BARRIER: tl.constexpr):
+def wait_bare(counters, step, programs, BLOCK_BARRIER: tl.constexpr):
     """`group.wait` without a block barrier of its own."""
-    group.wait(counters, step, members, False)
+    group.wait(counters, step, programs, False)
 
 
 BARE = {"arrive": arrive_bare, "wait": wait_bare}
@@ -269,11 +284,11 @@ def check_wrong(arch):
 
 if __name__ == "__main__":
     for arch in (80, 90):
-        for name in SPECS:
+        for name in CELLS:
             check_cell(name, arch)
         for case in GROUPS if arch == 80 else GROUPS[::2]:
             check_group(case, arch)
         for name in ("rnn_tanh", "gru", "lstm"):
             for several in (False, True):
-                check_extras(name, arch, several)
+                check_options(name, arch, several)
         check_wrong(arch)

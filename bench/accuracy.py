@@ -42,9 +42,9 @@ def results(layer: nn.Module, x: Tensor, weight: Tensor) -> list[Tensor]:
     return [t.detach().double() for t in (out, *grads)]
 
 
-def relative(found: Tensor, exact: Tensor) -> float:
+def relative(ours: Tensor, exact: Tensor) -> float:
     """RMS of the difference over RMS of the reference."""
-    return float((found - exact).norm() / exact.norm())
+    return float((ours - exact).norm() / exact.norm())
 
 
 def errors(case: Case, device: torch.device, backend: str = "auto") -> list[Errors]:
@@ -60,18 +60,18 @@ def errors(case: Case, device: torch.device, backend: str = "auto") -> list[Erro
     fused: Any = fused_rnn.fuse(case.layer(device), backend=backend)  # type: ignore[arg-type]
     fused.load_state_dict(plain.state_dict())
     exact = results(exact_layer, x.double(), weight.double())
-    found = []
+    measured = []
     with products(case.dtype):
         for who, layer in (("torch.nn", plain), ("fused_rnn", fused)):
             out, *grads = map(relative, results(layer, x, weight), exact)
-            found.append(Errors(case, who, out, max(grads)))
-    return found
+            measured.append(Errors(case, who, out, max(grads)))
+    return measured
 
 
-def table(found: Sequence[Errors]) -> str:
+def table(measured: Sequence[Errors]) -> str:
     """Markdown: a row for each cell, type and length."""
     rows = []
-    for theirs, ours in zip(found[::2], found[1::2], strict=True):
+    for theirs, ours in zip(measured[::2], measured[1::2], strict=True):
         case = ours.case
         row = [NAMES[case.cell], case.dtype, str(case.T)]
         for name in ("forward", "gradients"):
@@ -84,12 +84,12 @@ def table(found: Sequence[Errors]) -> str:
     return markdown(head, rows)
 
 
-def plot(found: Sequence[Errors], path: Path) -> None:
+def plot(measured: Sequence[Errors], path: Path) -> None:
     """Error over length: a column for each cell, output above, gradients below."""
     from matplotlib.figure import Figure
 
-    cells = list(dict.fromkeys(e.case.cell for e in found))
-    dtypes = list(dict.fromkeys(e.case.dtype for e in found))
+    cells = list(dict.fromkeys(e.case.cell for e in measured))
+    dtypes = list(dict.fromkeys(e.case.dtype for e in measured))
     figure = Figure(figsize=(3.4 * len(cells), 5.6), layout="constrained")
     axes = figure.subplots(2, len(cells), sharex=True, sharey=True, squeeze=False)
     for column, cell in enumerate(cells):
@@ -97,7 +97,7 @@ def plot(found: Sequence[Errors], path: Path) -> None:
             ax = axes[row][column]
             for color, dtype in enumerate(dtypes):
                 for who, style in (("torch.nn", "--"), ("fused_rnn", "-")):
-                    mine = [e for e in found if (e.case.cell, e.case.dtype) == (cell, dtype)]
+                    mine = [e for e in measured if (e.case.cell, e.case.dtype) == (cell, dtype)]
                     mine = [e for e in mine if e.who == who]
                     x, y = [e.case.T for e in mine], [getattr(e, what) for e in mine]
                     label = f"{who} {dtype}"
@@ -139,13 +139,13 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in args.dtypes
         for T in args.steps
     ]
-    found: list[Errors] = []
+    measured: list[Errors] = []
     for case in tqdm(cases, disable=not sys.stderr.isatty()):
-        found += errors(case, args.device, args.backend)
+        measured += errors(case, args.device, args.backend)
     print(f"B = {args.batch}, I = H = {args.hidden}, on {args.device}, torch {torch.__version__}\n")
-    print(table(found))
+    print(table(measured))
     if args.plot:
-        plot(found, args.plot)
+        plot(measured, args.plot)
     return 0
 
 

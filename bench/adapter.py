@@ -54,11 +54,11 @@ class Provider:
         raise NotImplementedError
 
     def input(self, x: Input) -> Input:
-        """The input as it likes it, formed before the clock runs; so the next one, after it."""
+        """The input as it likes it, formed before the clock runs."""
         return x
 
     def output(self, out: Tensor) -> Tensor:
-        """The output as [T, B, D * H]."""
+        """The output as [T, B, D * H], formed after the clock has stopped."""
         return out
 
     def sweep(self, case: Case, device: torch.device, train: bool) -> Run:

@@ -148,12 +148,14 @@ def _grid() -> Iterable[Case]:
 
 
 SETS = {
-    "grid": Shapes("the README's GPU table: every type, H from 64 to 2048, B from 1 to 512", _grid),
+    "grid": Shapes(
+        "docs/speed.md's GPU table: every type, H from 64 to 2048, B from 1 to 512", _grid
+    ),
     "tiny": Shapes(
         "small enough for a test",
         lambda: (Case(cell, "fp32", 4, 2, 3, 5) for cell in CELLS),
     ),
-    "cpu": Shapes("the README's CPU table", _cpu),
+    "cpu": Shapes("the CPU table of docs/speed.md", _cpu),
     "flashrnn": Shapes(
         "FlashRNN's published figure, dense: LSTM, batch 16, 1024 steps, 768 units in one head",
         lambda: (Case("lstm", dtype, 1024, 16, 768, 768) for dtype in ("bf16", "fp16")),

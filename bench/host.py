@@ -21,9 +21,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_rnn
 from bench import timing
-from fused_rnn import devices, tuning
-from fused_rnn.kernels import backward, forward, pack
-from fused_rnn.kernels.plan import LIMITS
+from fused_rnn.engines.triton import devices, plans
+from fused_rnn.kernels import pack, variants
+from fused_rnn.kernels.chips import LIMITS
 
 T, B, I, H = 3, 2, 8, 32
 CALLS = 20  # of one turn
@@ -95,12 +95,9 @@ def idle_gpu(arch: int = 90) -> Iterator[dict[str, IdleKernel]]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(devices, "kernel_device", lambda _: gpu))
         stack.enter_context(patch.object(devices, "device_limits", lambda _: limits))
-        stack.enter_context(
-            tuning.forced(lambda request, limits: tuning.planned(request, limits)[0])
-        )
+        stack.enter_context(plans.forced(lambda request, limits: plans.planned(request, limits)[0]))
         for module, names in (
-            (forward, ["forward_kernel"]),
-            (backward, ["backward_kernel"]),
+            (variants, ["forward_kernel", "backward_kernel"]),
             (pack, ["pack_kernel", "unpack_kernel"]),
         ):
             for name in names:
@@ -149,10 +146,10 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, dict[
         return run
 
     def once(run: timing.Run) -> list[float]:
-        found = timing.clock(run)
+        times = timing.clock(run)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return found
+        return times
 
     return {
         what: timing.interleaved({s: many(c[what]) for s, c in sides.items()}, seconds, once, 40)

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 import fused_rnn
 from bench.cases import CELLS, DTYPES, Case
-from fused_rnn.cells import BY_NAME
+from fused_rnn.engines.cells import CELLS as KNOWN
+from fused_rnn.engines.triton.engine import TritonEngine
+from fused_rnn.engines.triton.products import plan_request
 from fused_rnn.examples.common import default_device, device
-from fused_rnn.kernels.plan import LIMITS, make_plan
-from fused_rnn.problem import Layer
-from fused_rnn.rows import Rows
-from fused_rnn.triton_engine import TritonEngine
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.planner import make_plan
+from fused_rnn.spec.batch import BatchLayout
+from fused_rnn.spec.layer import LayerInputs, LayerSpec, Weights
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: set[int]) -> int:
@@ -49,14 +51,15 @@ def saved_by(layer: nn.Module, run: Callable[[], Tensor]) -> int:
 def kernel_bytes(case: Case, recompute: bool) -> int:
     """Bytes that the Triton engine saves: input, output, initial states, its own."""
     precision: Literal["ieee", "tf32"] = "ieee" if case.dtype == "fp32" else "tf32"
-    size, D = case.torch_dtype.itemsize, case.directions
-    plan = make_plan(case.cell, case.H, size, case.B, D, LIMITS[90], precision=precision)
+    size, D, cell = case.torch_dtype.itemsize, case.directions, KNOWN[case.cell]
+    layout = BatchLayout(case.T, case.B)
+    spec = LayerSpec(cell, layout, D, case.H, recompute=recompute)
+    plan = make_plan(plan_request(spec, case.torch_dtype, precision), LIMITS[90])
     x = torch.empty(case.T * case.B, case.I, dtype=case.torch_dtype, device="meta")
     h0 = x.new_empty(D, case.B, case.H)
-    cell = BY_NAME[case.cell]
     c0 = h0 if cell.has_c else None
-    layer = Layer(cell, Rows(case.T, case.B), D, recompute)
-    specs = TritonEngine(plan, precision).saved_specs(layer, (x, h0, c0, None))
+    weights = Weights(x, x, None, None, None)  # which nobody looks at
+    specs = TritonEngine(plan, precision).saved_specs(spec, LayerInputs(x, h0, c0, (weights,) * D))
     own = sum(torch.Size(s[0]).numel() * s[1].itemsize for s in specs if s is not None)
     states = (2 if cell.has_c else 1) * h0.nbytes
     return x.nbytes + case.T * case.B * D * case.H * size + states + own
@@ -79,10 +82,10 @@ def rows(case: Case, device: torch.device) -> Iterator[tuple[str, int]]:
 
 def table(cases: list[Case], device: torch.device) -> str:
     """Bytes per step and sequence, in Markdown."""
-    found = [dict(rows(case, device)) for case in cases]
-    names = list(dict.fromkeys(name for row in found for name in row))
+    table_rows = [dict(rows(case, device)) for case in cases]
+    names = list(dict.fromkeys(name for row in table_rows for name in row))
     lines = ["| cell | type | I, H | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
-    for case, row in zip(cases, found, strict=True):
+    for case, row in zip(cases, table_rows, strict=True):
         numbers = (f"{row[n] / (case.T * case.B):,.0f}" if n in row else "-" for n in names)
         text = f"| {case.cell} | {case.dtype} | {case.I}, {case.H} | " + " | ".join(numbers)
         lines.append(text + " |")

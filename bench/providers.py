@@ -11,10 +11,11 @@ from bench import sweeps
 from bench.adapter import Forward, Provider, first
 from bench.cases import Case
 from bench.peers import FlashRNN, Haste, TorchRL
+from bench.roofline import kernel_cell
 from bench.timing import Run
-from fused_rnn import devices, triton_backend, tuning
-from fused_rnn.cells import BY_NAME
-from fused_rnn.kernels.plan import DoesNotFit, Plan
+from fused_rnn.engines.cells import CELLS
+from fused_rnn.engines.triton import devices, plans, support
+from fused_rnn.kernels.plan import DoesNotFit, Plan, PlanRequest, Precision
 
 
 class TorchNN(Provider):
@@ -39,7 +40,7 @@ class CompiledLoop(Provider):
         self.backend = backend
 
     def layer(self, plain: nn.RNNBase, case: Case) -> tuple[nn.Module, Forward]:
-        cell = BY_NAME[case.cell]
+        cell = CELLS[case.cell]
 
         def step(gx: Tensor, h: Tensor, c: Tensor | None, w: Tensor, b: Tensor) -> Any:
             return cell.step(gx, F.linear(h, w, b), (h, c))
@@ -74,18 +75,19 @@ class Fused(Provider):
         """Of the regime, or the one that is taken by itself; None if there is none."""
         if devices.kernel_device(device) is None:
             return None
-        if triton_backend.refusal(case.torch_dtype, False):
+        if support.refusal_of_dtype(case.torch_dtype):
             return None
-        D, precision = case.directions * case.heads, "ieee" if case.dtype == "fp32" else "tf32"
-        request = tuning.Request(case.cell, case.H, case.torch_dtype, case.B, D, precision)  # type: ignore[arg-type]
+        D = case.directions * case.heads
+        precision: Precision = "ieee" if case.dtype == "fp32" else "tf32"
+        request = PlanRequest(kernel_cell(case), case.H, case.torch_dtype, case.B, D, precision)
         try:
             limits = devices.device_limits(device)
             if self.regime is None:
-                return tuning.choose_plan(request, limits, device)
-            found = tuning.planned(request, limits)
+                return plans.choose_plan(request, limits, device)
+            candidates = plans.planned(request, limits)
         except (DoesNotFit, devices.UnknownDevice):
             return None
-        return next((plan for plan in found if plan.regime == self.regime), None)
+        return next((plan for plan in candidates if plan.regime == self.regime), None)
 
     def why_not(self, case: Case, mode: str, device: torch.device) -> str | None:
         sweep = mode.startswith("sweep")
@@ -105,7 +107,7 @@ class Fused(Provider):
             return str(plan) + "; in Triton's interpreter" * (device.type == "cpu")
         backend: Any = "native" if self.native else "auto"
         layer: Any = fused_rnn.fuse(case.layer(device), backend=backend, recompute=self.recompute)
-        reasons = (found.reason for found in fused_rnn.explain(layer, case.input(device)))
+        reasons = (one.reason for one in fused_rnn.explain(layer, case.input(device)))
         return " and ".join(dict.fromkeys(reasons))  # of the layers of a stack
 
     def layer(self, plain: nn.RNNBase, case: Case) -> tuple[nn.Module, Forward]:
@@ -119,7 +121,7 @@ class Fused(Provider):
         run = first(fused)
 
         def planned(x: Any) -> Tensor:
-            with tuning.forced(lambda *_: plan):
+            with plans.forced(lambda *_: plan):
                 return run(x)
 
         return fused, planned

@@ -109,12 +109,12 @@ def truncated(device: torch.device, T: int = 512, B: int = 16, I: int = 64, H: i
     x = torch.randn(T, B, I, device=device)
 
     def blocks(layer: nn.Module) -> Results:
-        state, found = None, []
+        state, grads = None, []
         for block in x.split(64):
             output, state = layer(block, state)
-            found += _gradients(layer, output)
+            grads += _gradients(layer, output)
             state = state.detach()
-        return found
+        return grads
 
     title = f"GRU, truncated BPTT, 64 of T, B, H = {T}, {B}, {H}: nn.GRU"
     return Recipe(title, lambda: blocks(plain), lambda: blocks(fused))
@@ -130,9 +130,9 @@ RECIPES: dict[str, Callable[[torch.device], Recipe]] = {
 
 def check(recipe: Recipe) -> None:
     """Raise AssertionError unless both ways have the same results, to fp32's rounding."""
-    for found, expected in zip(recipe.ours(), recipe.usual(), strict=True):
+    for ours, expected in zip(recipe.ours(), recipe.usual(), strict=True):
         scale = expected.abs().max().item()
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * max(scale, 1e-3))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5 * max(scale, 1e-3))
 
 
 def rows(names: list[str], where: torch.device, seconds: float) -> Iterator[str]:

@@ -36,15 +36,15 @@ class Line:
     Attributes:
         machine: where.
         shapes: the set of cases that this one is from.
-        cell: see `cases.Case`; so the next eight.
-        dtype: see there.
-        T: see there.
-        B: see there.
-        I: see there.
-        H: see there.
-        heads: see there.
-        bidirectional: see there.
-        packed: see there.
+        cell: a key of `cases.LAYERS`.
+        dtype: a key of `cases.DTYPES`.
+        T: time steps.
+        B: sequences.
+        I: input size.
+        H: hidden units, of one head.
+        heads: independent recurrences side by side.
+        bidirectional: two directions.
+        packed: lengths are drawn from 1 to T, instead of T for all.
         mode: forward: the layer without gradients. train: forward, and the gradients of input and
             parameters. sweep: the forward time loop alone. sweep_train: both time loops.
         provider: who ran it.
@@ -61,7 +61,7 @@ class Line:
         limit: what bounds a step from below, see `bench.roofline`; None on a CPU.
         limit_us: by how many microseconds.
         fraction: the limit over the time of a step: 1 is the best possible.
-        layers: see `cases.Case`; lines from before there was a choice have one.
+        layers: of the stack; lines from before there was a choice have one.
         seed: of the set of cases, None where they are not random.
     """
 

@@ -29,10 +29,10 @@ def _key(line: Line) -> Key:
 
 def _grouped(lines: Iterable[Line]) -> dict[Key, dict[str, Line]]:
     """By case and mode, then by provider; of several measurements the last one."""
-    found: dict[Key, dict[str, Line]] = {}
+    groups: dict[Key, dict[str, Line]] = {}
     for line in lines:
-        found.setdefault(_key(line), {})[line.provider] = line
-    return found
+        groups.setdefault(_key(line), {})[line.provider] = line
+    return groups
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -54,11 +54,11 @@ def pair_table(lines: Sequence[Line]) -> str:
     for cell, dtype, where in dict.fromkeys(key[:3] for key in groups):
         row, mib = [NAMES[cell], where], ["", ""]
         for mode in ("train", "forward"):
-            found = groups.get((cell, dtype, where, mode), {})
-            if US not in found or THEM not in found:
+            by_provider = groups.get((cell, dtype, where, mode), {})
+            if US not in by_provider or THEM not in by_provider:
                 row += ["", "", ""]
                 continue
-            theirs, ours = found[THEM], found[US]
+            theirs, ours = by_provider[THEM], by_provider[US]
             row += [f"{theirs.ms:.1f}", f"{ours.ms:.1f}", f"{ours.ratio:.2f}"]
             ratios.setdefault(NAMES[cell], {}).setdefault(mode, []).append(ours.ratio)
             mib = [f"{line.saved_mib:.1f}" for line in (theirs, ours) if line.saved_mib is not None]
@@ -79,12 +79,14 @@ def wide_table(lines: Sequence[Line]) -> str:
     """
     providers = list(dict.fromkeys(line.provider for line in lines))
     rows = []
-    for (cell, dtype, where, mode), found in _grouped(lines).items():
+    for (cell, dtype, where, mode), by_provider in _grouped(lines).items():
         row = [NAMES[cell], dtype, where, mode]
         for provider in providers:
-            line = found.get(provider)
+            line = by_provider.get(provider)
             row.append(f"{line.step_us:.2f} ({line.ratio:.2f})" if line else "-")
-        best = [line for line in found.values() if line.provider.startswith(US) and line.fraction]
+        best = [
+            line for line in by_provider.values() if line.provider.startswith(US) and line.fraction
+        ]
         limit = max(best, key=lambda line: line.fraction or 0.0, default=None)
         row.append(f"{limit.fraction:.0%} of {limit.limit}" if limit else "")
         rows.append(row)
@@ -180,10 +182,10 @@ def plots(lines: Sequence[Line], folder: Path) -> list[Path]:
 
 def files(arguments: Iterable[Path]) -> list[Path]:
     """Files of lines, and those in folders."""
-    found: list[Path] = []
+    paths: list[Path] = []
     for path in arguments:
-        found += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    return found
+        paths += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    return paths
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,10 @@ Three limits, of the time loops alone; the largest one binds:
 from dataclasses import dataclass
 
 from bench.cases import Case
-from fused_rnn.kernels.plan import SPECS, Limits, Plan
+from fused_rnn.engines.cells import CELLS
+from fused_rnn.kernels.cell import KernelCell
+from fused_rnn.kernels.chips import Limits
+from fused_rnn.kernels.plan import Plan
 
 # Dense floating-point operations per SM and cycle in 16-bit types; TF32 has half of that. From the
 # data sheets of A100, A40, L40S, H100 SXM, B200, RTX PRO 6000 Blackwell and MI300X: their peak
@@ -59,9 +62,16 @@ class Bounds:
         return self.us / step_us
 
 
+def kernel_cell(case: Case) -> KernelCell:
+    """The case's cell as our kernels know it."""
+    cell = CELLS[case.cell].kernels
+    assert cell is not None
+    return cell
+
+
 def flops(case: Case, sweeps: int) -> float:
     """Floating-point operations of the recurrent products of a step, in 1 or 2 sweeps."""
-    gates = SPECS[case.cell].gates
+    gates = kernel_cell(case).gates
     return sweeps * 2.0 * gates * case.H**2 * case.B * case.directions * case.heads
 
 
@@ -72,18 +82,18 @@ def l2_bytes(case: Case, sweeps: int, plan: Plan | None) -> float:
     else h, and the gradients of h in and of the gates out. By a plan what a group exchanges, or
     streams.
     """
-    spec, size = SPECS[case.cell], case.torch_dtype.itemsize
+    cell, size = kernel_cell(case), case.torch_dtype.itemsize
     units = case.H * case.B * case.directions * case.heads
-    total = units * size * (spec.gates + 1)
+    total = units * size * (cell.gates + 1)
     if sweeps == 2:
-        saved = size * (spec.slots if spec.slots > 1 else 0) + 4 * (spec.states - 1)
-        h = size if spec.states == 1 else 0
-        total += units * (2 * saved + h + size * (spec.gates + 1))
-    if plan is not None and plan.members > 1:
-        total += units * plan.members * (size + (sweeps - 1) * 8)  # h; fp32 sums out and in
+        saved = size * (cell.slots if cell.slots > 1 else 0) + 4 * (cell.states - 1)
+        h = size if cell.states == 1 else 0
+        total += units * (2 * saved + h + size * (cell.gates + 1))
+    if plan is not None and plan.programs > 1:
+        total += units * plan.programs * (size + (sweeps - 1) * 8)  # h; fp32 sums out and in
         if plan.regime == "streamed":
             tiles = -(-case.B // plan.block_b) * case.directions * case.heads
-            total += sweeps * tiles * spec.gates * case.H**2 * size
+            total += sweeps * tiles * cell.gates * case.H**2 * size
     return total
 
 
@@ -97,13 +107,13 @@ def bounds(case: Case, mode: str, limits: Limits, plan: Plan | None = None) -> B
         plan: how our kernels run it. Without one, of others, the whole chip is taken to work.
     """
     sweeps = 2 if mode in ("train", "sweep_train") else 1
-    spec, size = SPECS[case.cell], case.torch_dtype.itemsize
+    cell, size = kernel_cell(case), case.torch_dtype.itemsize
     sms = limits.sms
-    group = spec.gates * case.H**2 * size > limits.sm_shared + REGISTER_FILE
+    group = cell.gates * case.H**2 * size > limits.sm_shared + REGISTER_FILE
     if plan is not None:
         tiles = -(-case.B // plan.block_b)
-        sms = min(sms, plan.members * tiles * case.directions * case.heads)
-        group = plan.members > 1
+        sms = min(sms, plan.programs * tiles * case.directions * case.heads)
+        group = plan.programs > 1
     rate = TENSOR[limits.target] / (1 if size == 2 else 2)
     if case.dtype in ("fp32", "fp64"):
         rate = LANES.get(limits.target, OTHER_LANES)

@@ -28,7 +28,7 @@ from bench.adapter import Provider
 from bench.cases import CELLS, DTYPES, GPU_SETS, LAYERS, MODES, SETS, Case, parse_shape, products
 from bench.memory import saved_by
 from bench.providers import ON_CPU, PROVIDERS
-from fused_rnn.devices import device_limits
+from fused_rnn.engines.triton.devices import device_limits
 from fused_rnn.examples.common import default_device, device, require
 
 INPUTS = 3  # that take turns, so that nobody profits from a cache that holds the last one
@@ -80,10 +80,8 @@ def measure(
     check: Check | None = None,
 ) -> Iterator[records.Line]:
     """The lines of one case in one mode."""
-    device = torch.device(machine.device)
-    runs: dict[str, timing.Run] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    outputs: dict[str, torch.Tensor] = {}
+    device, runs = torch.device(machine.device), dict[str, timing.Run]()
+    facts, outputs = dict[str, dict[str, Any]](), dict[str, torch.Tensor]()
     for provider in providers:
         if reason := provider.why_not(case, mode, device):
             skip(provider.name, reason, case)
@@ -133,13 +131,13 @@ def measure(
 
 def bounded(line: records.Line, bounds: roofline.Bounds) -> records.Line:
     """The line with its roofline columns."""
-    found = {"limit": bounds.limit, "limit_us": bounds.us}
-    return records.Line(**vars(line) | found | {"fraction": bounds.fraction(line.step_us)})
+    facts = {"limit": bounds.limit, "limit_us": bounds.us}
+    return records.Line(**vars(line) | facts | {"fraction": bounds.fraction(line.step_us)})
 
 
 def plan_work(args: argparse.Namespace) -> list[tuple[str, Case, str]]:
     """All cases in all modes, each with the name of its set."""
-    found = []
+    facts = []
     for name in args.shapes:
         if name in SETS:
             cases, modes = list(SETS[name].make()), SETS[name].modes
@@ -147,14 +145,14 @@ def plan_work(args: argparse.Namespace) -> list[tuple[str, Case, str]]:
             choices = itertools.product(args.cells or CELLS, args.dtypes or ["fp32"])
             cases = [Case(cell, dtype, *parse_shape(name)) for cell, dtype in choices]
             modes = SETS["cpu"].modes
-        found += [
+        facts += [
             (name if name in SETS else "own", case, mode)
             for case in cases
             for mode in args.modes or modes
             if not (args.cells and case.cell not in args.cells)
             and not (args.dtypes and case.dtype not in args.dtypes)
         ]
-    return found
+    return facts
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ CELLS = {"rnn_tanh": "RNN", "gru": "GRU", "lstm": "LSTM"}
 KERNELS = {"inference": "forward, inference", "forward": "forward, training", "reverse": "reverse"}
 COLUMNS: dict[str, Callable[[Row], Any]] = {
     "regime": lambda r: r["regime"],
-    "programs": lambda r: r["members"],
+    "programs": lambda r: r["programs"],
     "instructions": lambda r: r["instr"],
     "barriers": lambda r: r["bar"],
     "registers": lambda r: r["registers"],
@@ -39,13 +39,13 @@ def both(column: str, rows: list[Row]) -> str:
 def table(rows: list[Row]) -> str:
     """In Markdown; only sizes that every target has."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
-    found = {(r["cell"], r["hidden"], r["kernel"], r["target"]): r for r in rows}
+    by_kernel = {(r["cell"], r["hidden"], r["kernel"], r["target"]): r for r in rows}
     head = ["kernel", "cell", "H", *COLUMNS]
     lines = [" | ".join(head), "|".join("---" for _ in head)]
     for cell in dict.fromkeys(r["cell"] for r in rows):
         for hidden in sorted({r["hidden"] for r in rows}):
             for kernel in KERNELS:
-                mine = [found.get((cell, hidden, kernel, target)) for target in targets]
+                mine = [by_kernel.get((cell, hidden, kernel, target)) for target in targets]
                 several = [row for row in mine if row is not None]
                 # The RNN saves nothing, so that its forward sweep is one and the same.
                 if len(several) < len(targets) or (cell, kernel) == ("rnn_tanh", "inference"):

@@ -7,10 +7,9 @@
 
 Cases are drawn by a seed: the cell, the type (fp32 most often), T from 1 to 64, B from 1 to 32, I
 and H from 16 to 256 (their logarithms uniform), packed or not, one or two layers, one or two
-directions. The README's shapes are a second group. Forward is a call under no_grad, train a call
-and the gradients of input and parameters. Both layers take turns in one process, after their
-outputs and gradients were found to agree. A ratio above 1 means that fused_rnn is faster. The times
-of single steps (T = 1) are those of calls more than of sweeps: all tables have them apart.
+directions. The shapes of docs/speed.md are a second group. Forward is a call under no_grad, train a
+call and all gradients. Both layers take turns in one process, after their results were found to
+agree. A ratio above 1: fused_rnn is faster. Single steps (T = 1) stand apart.
 """
 
 import argparse
@@ -89,8 +88,8 @@ def agree(case: Case, outputs: Mapping[str, Tensor], runs: Mapping[str, Run]) ->
     Raises:
         WrongResult: they differ by more than roundings, or are not finite.
     """
-    found = {name: _tensors(outputs[name], run()) for name, run in runs.items()}
-    (first, expected), *others = found.items()
+    results = {name: _tensors(outputs[name], run()) for name, run in runs.items()}
+    (first, expected), *others = results.items()
     for name, mine in others:
         for i, (a, b) in enumerate(zip(mine, expected, strict=True)):
             off, size = float((a - b).norm()), float(b.norm())
@@ -160,23 +159,23 @@ def pairs(lines: Sequence[Line]) -> list[Pair]:
         ValueError: they are not of one case, torch.nn's first, as `python -m bench.sweep_cpu`
             writes them.
     """
-    found = [Pair(*two) for two in zip(lines[::2], lines[1::2], strict=False)]
-    keys = [[(x.machine, x.shapes, x.where, x.mode) for x in (p.theirs, p.ours)] for p in found]
+    both = [Pair(*two) for two in zip(lines[::2], lines[1::2], strict=False)]
+    keys = [[(x.machine, x.shapes, x.where, x.mode) for x in (p.theirs, p.ours)] for p in both]
     alike = all(a == b for a, b in keys) and all(
-        p.theirs.provider == p.ours.baseline != p.ours.provider for p in found
+        p.theirs.provider == p.ours.baseline != p.ours.provider for p in both
     )
     if len(lines) % 2 or not alike:
         raise ValueError("lines do not come in pairs, torch.nn's and another's of one case")
-    return found
+    return both
 
 
-def distribution(found: Sequence[Pair]) -> str:
+def distribution(all_pairs: Sequence[Pair]) -> str:
     """How ratios are spread, by group, sequences and single steps apart, by mode and threads."""
-    columns = list(dict.fromkeys(pair.column for pair in found))
+    columns = list(dict.fromkeys(pair.column for pair in all_pairs))
     rows = []
-    for group in dict.fromkeys(pair.ours.shapes for pair in found):
+    for group in dict.fromkeys(pair.ours.shapes for pair in all_pairs):
         for step, name in ((False, "sequences"), (True, "single steps")):
-            mine = [p for p in found if (p.ours.shapes, p.step) == (group, step)]
+            mine = [p for p in all_pairs if (p.ours.shapes, p.step) == (group, step)]
             for column in ["all", *columns] if len(columns) > 1 else columns:
                 chosen = [p.ours.ratio for p in mine if column in ("all", p.column)]
                 if chosen:
@@ -214,13 +213,13 @@ SPLITS: dict[str, tuple[Callable[[Line], str], tuple[str, ...]]] = {
 }
 
 
-def means(found: Sequence[Pair]) -> str:
+def means(all_pairs: Sequence[Pair]) -> str:
     """Geometric means by each property; but for the row T = 1, of sequences alone."""
-    columns = list(dict.fromkeys(pair.column for pair in found))
+    columns = list(dict.fromkeys(pair.column for pair in all_pairs))
     rows = []
     for name, (value, order) in SPLITS.items():
         for which in order:
-            mine = [p for p in found if value(p.ours) == which and (name == "T" or not p.step)]
+            mine = [p for p in all_pairs if value(p.ours) == which and (name == "T" or not p.step)]
             row = []
             for column in ["all", *columns] if len(columns) > 1 else columns:
                 chosen = [p.ours.ratio for p in mine if column in ("all", p.column)]
@@ -231,10 +230,10 @@ def means(found: Sequence[Pair]) -> str:
     return markdown(head, rows)
 
 
-def worst(found: Sequence[Pair]) -> str:
+def worst(all_pairs: Sequence[Pair]) -> str:
     """Those with the smallest ratios, and what ran."""
     rows = []
-    for pair in sorted(found, key=lambda pair: pair.ours.ratio)[:WORST]:
+    for pair in sorted(all_pairs, key=lambda pair: pair.ours.ratio)[:WORST]:
         line = pair.ours
         sizes = [NAMES[line.cell], line.dtype, line.where, pair.column]
         times = [f"{ms:.3f}" for ms in (pair.theirs.ms, line.ms)]
@@ -249,10 +248,10 @@ def tables(lines: Sequence[Line]) -> str:
     Raises:
         ValueError: they do not come in pairs.
     """
-    found = pairs(lines)
+    all_pairs = pairs(lines)
     parts = [f"Measured on {report.conditions(lines)}."]
-    for who in dict.fromkeys(pair.ours.provider for pair in found):
-        mine = [pair for pair in found if pair.ours.provider == who]
+    for who in dict.fromkeys(pair.ours.provider for pair in all_pairs):
+        mine = [pair for pair in all_pairs if pair.ours.provider == who]
         parts.append(f"**torch.nn's time over that of {who}**: above 1, the latter is faster.")
         parts.append(distribution(mine))
         for group in dict.fromkeys(pair.ours.shapes for pair in mine):
@@ -277,14 +276,14 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     """A histogram for each mode and number of threads: of the random cases, if there are any."""
     from matplotlib.figure import Figure
 
-    found = [pair for pair in pairs(lines) if pair.ours.shapes == "random"] or pairs(lines)
-    columns = list(dict.fromkeys(pair.column for pair in found))
+    all_pairs = [pair for pair in pairs(lines) if pair.ours.shapes == "random"] or pairs(lines)
+    columns = list(dict.fromkeys(pair.column for pair in all_pairs))
     figure = Figure(figsize=(1 + 3.2 * len(columns), 3.6), layout="constrained")
     axes = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
-    edges = _edges([pair.ours.ratio for pair in found])
+    edges = _edges([pair.ours.ratio for pair in all_pairs])
     ticks = [tick for tick in TICKS if edges[0] <= tick <= edges[-1]]
     for ax, column in zip(axes, columns, strict=True):
-        mine = [pair for pair in found if pair.column == column]
+        mine = [pair for pair in all_pairs if pair.column == column]
         parts = {
             "sequences": [pair.ours.ratio for pair in mine if not pair.step],
             "single steps": [pair.ours.ratio for pair in mine if pair.step],
@@ -316,7 +315,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=GROUPS,
         default=list(GROUPS),
-        help="random cases, the README's shapes (cpu); default: both",
+        help="random cases, the shapes of docs/speed.md (cpu); default: both",
     )
     parser.add_argument(
         "--dtypes",
@@ -380,13 +379,11 @@ def measured(args: argparse.Namespace) -> list[Line]:
     """
     from tqdm import tqdm
 
-    lines: list[Line] = []
-    paths: list[Path] = []
-    machines: dict[int, records.Machine] = {}
+    lines, paths, machines = list[Line](), list[Path](), dict[int, records.Machine]()
     before = torch.get_num_threads()
     try:
-        work = tqdm(plan_work(args), unit="row", disable=not sys.stderr.isatty())
-        for threads, group, case, mode in work:
+        quiet = not sys.stderr.isatty()
+        for threads, group, case, mode in tqdm(plan_work(args), unit="row", disable=quiet):
             torch.set_num_threads(threads)
             if threads not in machines:
                 machines[threads] = records.machine(CPU)

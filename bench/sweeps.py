@@ -1,15 +1,14 @@
 """Our time loops alone, without the layer's large matrix products."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from bench.cases import Case
+from bench.roofline import kernel_cell
 from bench.timing import Run
-from fused_rnn.kernels.backward import reverse_sweep
-from fused_rnn.kernels.forward import Rows, forward_sweep
-from fused_rnn.kernels.plan import SPECS, Plan
+from fused_rnn.kernels.plan import Plan, Precision
+from fused_rnn.kernels.sweep import DeviceLayout, Sweep
+from fused_rnn.kernels.sweeps import forward_sweep, reverse_sweep
 
 
 def ours(case: Case, device: torch.device, plan: Plan, train: bool) -> Run:
@@ -19,29 +18,28 @@ def ours(case: Case, device: torch.device, plan: Plan, train: bool) -> Run:
     The sweep overwrites its input by activated gates, so that a second call reads those: numbers in
     [-1, 1], the same work.
     """
-    spec, D = SPECS[case.cell], case.heads
-    rows = Rows(case.T, case.B, case.T * case.B)
+    cell, D = kernel_cell(case), case.heads
+    layout = DeviceLayout(case.T, case.B, case.T * case.B)
 
     def random(*shape: int, dtype: torch.dtype = case.torch_dtype) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
 
-    gates = random(D, rows.N, case.H, spec.slots)
-    w = random(D, spec.gates * case.H, case.H) * case.H**-0.5
-    bias = random(D, case.H) if spec.gates == 3 else None
+    gates = random(D, layout.N, case.H, cell.slots)
+    w = random(D, cell.gates * case.H, case.H) * case.H**-0.5
+    bias = random(D, case.H) if cell.splits_last_gate else None
     h0 = random(D, case.B, case.H)
-    c0 = random(D, case.B, case.H) if spec.states == 2 else None
-    out, dout = random(rows.N, D * case.H), random(rows.N, D * case.H)
-    precision = "ieee" if case.dtype == "fp32" else "tf32"
+    c0 = random(D, case.B, case.H) if cell.states == 2 else None
+    out, dout = random(layout.N, D * case.H), random(layout.N, D * case.H)
+    precision: Precision = "ieee" if case.dtype == "fp32" else "tf32"
     if device.type == "cpu":
         precision = "ieee"  # all that the interpreter has
-    how: dict[str, Any] = {"rows": rows, "reverse": (False,) * D, "precision": precision}
-    how["plan"] = plan
+    sweep = Sweep(cell, layout, (False,) * D, precision, plan)
 
     def forward() -> Tensor | None:
-        return forward_sweep(case.cell, gates, w, bias, h0, c0, out, save=train, **how)[2]
+        return forward_sweep(sweep, gates, w, bias, h0, c0, out, save=train).c_seq
 
     def both() -> object:
-        saved = gates if spec.slots == 4 else None
-        return reverse_sweep(case.cell, saved, forward(), out, w, h0, c0, dout, None, None, **how)
+        saved = gates if cell.slots == 4 else None
+        return reverse_sweep(sweep, saved, forward(), out, w, h0, c0, dout, None, None)
 
     return both if train else forward

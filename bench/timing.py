@@ -36,8 +36,8 @@ def cuda_events(run: Run) -> list[float]:
     """Some calls by CUDA events, after a warm-up, the L2 cache flushed before each."""
     from triton.testing import do_bench
 
-    found: list[float] = do_bench(run, warmup=10, rep=50, return_mode="all")
-    return found
+    times: list[float] = do_bench(run, warmup=10, rep=50, return_mode="all")
+    return times
 
 
 def timer(device: torch.device) -> tuple[str, Callable[[Run], list[float]]]:
@@ -67,9 +67,9 @@ def interleaved(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(medians[names[0]]) < turns:
         for name in names:
-            found = once(runs[name])
-            samples[name] += found
-            medians[name].append(statistics.median(found))
+            times = once(runs[name])
+            samples[name] += times
+            medians[name].append(statistics.median(times))
         names.append(names.pop(0))
     first = medians[next(iter(runs))]
     return {name: _summary(samples[name], first, medians[name]) for name in runs}

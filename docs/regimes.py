@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from fused_rnn.kernels.plan import LIMITS, Plan, make_plan
+from fused_rnn.engines.cells import LSTM
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.plan import Plan, PlanRequest
+from fused_rnn.kernels.planner import make_plan
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "fused_rnn"  # the same file every time
@@ -43,7 +47,7 @@ def draw(ax: Axes, H: int, plan: Plan) -> None:
     ax.axis("off")
     ax.set_title(f"{TITLES[plan.regime]}\nLSTM, H = {H}", fontsize=10)
     weights, exchange = 8 * H * H / 2**20, 2 * H * plan.block_b / 1024
-    if plan.members == 1:
+    if plan.programs == 1:
         text = (
             f"program\n\nregisters: all weights\n{weights * 1024:.0f} KiB\n\nh, c, gates of a step"
         )
@@ -55,9 +59,9 @@ def draw(ax: Axes, H: int, plan: Plan) -> None:
         ax.text(6.0, 1.75, "h, saved gates", fontsize=8, color=MOVES)
         return
     held = plan.regime == "cooperative"
-    mine = weights * 1024 / plan.members
+    mine = weights * 1024 / plan.programs
     for i, x in enumerate((0.4, 3.0, 7.2)):
-        name = ("1", "2", str(plan.members))[i]
+        name = ("1", "2", str(plan.programs))[i]
         text = f"program {name}\n{plan.block_h} units\n\n"
         text += f"weights\n{mine:.0f} KiB" if held else "no weights\nkept"
         box(ax, x, 2.4, 2.3, 3.2, text, REGISTERS)
@@ -75,8 +79,10 @@ def draw(ax: Axes, H: int, plan: Plan) -> None:
 def main() -> None:
     """Write the picture beside this file."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
+    cell = LSTM.kernels
+    assert cell is not None
     for ax, H in zip(axes, (128, 1024, 4096), strict=True):
-        draw(ax, H, make_plan("lstm", H, 2, 8, 1, LIMITS[90]))
+        draw(ax, H, make_plan(PlanRequest(cell, H, torch.bfloat16, 8, 1), LIMITS[90]))
     figure.suptitle("Red: what moves in every step of the forward sweep", color=MOVES, fontsize=9)
     figure.savefig(Path(__file__).with_name("regimes.svg"), metadata={"Date": None})
 

@@ -16,13 +16,13 @@ from collections import Counter
 from pathlib import Path
 from textwrap import fill
 from typing import Any
-from unittest.mock import patch
 
 import triton
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import static
-from fused_rnn.kernels.plan import LIMITS, Plan
+from bench import static, static_compile
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.plan import Plan
 
 TARGET = 90
 COLUMNS = {
@@ -67,7 +67,7 @@ BARRIER = {
     "MEMBAR": "release: their stores are visible to all",
     "REDG": "one thread counts this program in",
     "LDG": "one thread reads the counter",
-    "BRA": "again, until all members are counted",
+    "BRA": "again, until all programs are counted",
     "CCTL": "acquire: drop L1's lines, which may be stale",
 }
 KINDS = {
@@ -83,17 +83,11 @@ KINDS = {
 def variant(target: int, H: int, scaled: bool = True, **changes: Any) -> list[int]:
     """The columns for a plan with some changes; not scaled: weights come straight from a load."""
     plan = dataclasses.replace(static.plan_for("lstm", H, "bf16", LIMITS[target]), **changes)
-    made = static._arguments
-
-    def arguments(*args: Any) -> Any:
-        fn, types, constants = made(*args)
-        types = {name: kind for name, kind in types.items() if scaled or name != "scale"}
-        return fn, types, constants if scaled else constants | {"scale": None}
-
+    constants = {} if scaled else {"scale": None}
     row = static.planned_row("inference", "lstm", "bf16", H, str(target), plan)
-    with patch.object(static, "_arguments", arguments):
-        compiled = static.compile_sweep("inference", "lstm", H, "bf16", LIMITS[target], plan)
-    static.measure(row, compiled)
+    what = "inference", "lstm", H, "bf16", LIMITS[target], plan
+    compiled = static_compile.compile_sweep(*what, **constants)
+    static_compile.measure(row, compiled)
     return [getattr(row, name) for name in COLUMNS]
 
 
@@ -119,12 +113,14 @@ def compile_loop(H: int) -> tuple[Plan, Loop, dict[str, int]]:
     """The plan of an LSTM in bf16 without gradients, its time loop, and what it reads again."""
     limits = LIMITS[TARGET]
     plan = static.plan_for("lstm", H, "bf16", limits)
-    compiled = static.compile_sweep("inference", "lstm", H, "bf16", limits, plan)
+    compiled = static_compile.compile_sweep("inference", "lstm", H, "bf16", limits, plan)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        listing = static._tool("nvdisasm", "-c", str(cubin))
-    facts = {"shared": compiled.metadata.shared} | static.weight_reads(compiled.asm["ttgir"])
+        listing = static_compile.tool("nvdisasm", "-c", str(cubin))
+    facts = {"shared": compiled.metadata.shared} | static_compile.weight_reads(
+        compiled.asm["ttgir"]
+    )
     return plan, time_loop(listing), facts
 
 

@@ -8,16 +8,15 @@ saved values alone, so they are formed one step ahead, beside the product:
     factors of step t - 1
 """
 
-from operator import is_
-from typing import Any, NamedTuple
-
-import torch
 import triton.language as tl
-from torch import Tensor
 
-from fused_rnn.kernels.cells import ADJOINTS, CELL_STATES, FACTORS
-from fused_rnn.kernels.extras import (
-    Extras,
+from fused_rnn.kernels.group import (
+    LINE,
+    arrive,
+    wait,
+)
+from fused_rnn.kernels.launch import sweep_kernel
+from fused_rnn.kernels.options import (
     add_gradient,
     add_where,
     clip_gradients,
@@ -26,18 +25,7 @@ from fused_rnn.kernels.extras import (
     load_lengths,
     load_reset,
     select,
-    zeros_where_ragged,
 )
-from fused_rnn.kernels.forward import NONE, Rows, direction_bits
-from fused_rnn.kernels.group import (
-    LINE,
-    arrive,
-    compile_target,
-    launch_options,
-    sweep_constants,
-    wait,
-)
-from fused_rnn.kernels.launch import Variant, launch, sweep_kernel
 from fused_rnn.kernels.partials import (
     multiply_transposed,
     operands,
@@ -45,7 +33,6 @@ from fused_rnn.kernels.partials import (
     send_partials,
     sum_partials,
 )
-from fused_rnn.kernels.plan import SPECS, Plan
 from fused_rnn.kernels.tiles import (
     from_memory,
     load_step,
@@ -75,7 +62,7 @@ def backward_kernel(
     dc0,
     drestart_h,  # [D, B, H]
     drestart_c,
-    lengths,  # the next six: see extras.py
+    lengths,  # the next six: see sweep.SweepOptions
     reset,
     restart,  # of what `initial` is the first state
     zone_h,
@@ -83,8 +70,8 @@ def backward_kernel(
     drop,
     offsets,  # [T + 1]
     counters,  # [batch tiles, D, 2, LINE]
-    partials,  # [groups of a launch, 2, MEMBERS, MEMBERS, BLOCK_B, BLOCK_H] fp32
-    zoneout,  # see extras.py
+    partials,  # [groups of a launch, 2, PROGRAMS, PROGRAMS, BLOCK_B, BLOCK_H] fp32
+    zoneout,  # see sweep.SweepOptions
     clip,
     scale,  # 1.0
     zero,  # 0, but not to the compiler
@@ -101,7 +88,7 @@ def backward_kernel(
     STATES: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
-    MEMBERS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -115,15 +102,15 @@ def backward_kernel(
 ):
     S: tl.constexpr = 4 if G > 1 else 1
     dtype: tl.constexpr = w.dtype.element_ty
-    WORDS: tl.constexpr = words(S, MEMBERS, dtype)
+    WORDS: tl.constexpr = words(S, PROGRAMS, dtype)
     WIDTH: tl.constexpr = D * H
-    GROUP: tl.constexpr = MEMBERS > 1
+    GROUP: tl.constexpr = PROGRAMS > 1
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     RAGGED: tl.constexpr = (offsets is not None) or (lengths is not None)
     ZONED: tl.constexpr = (zone_h is not None) or (zoneout is not None)
     # c after a step is what the next one began with, unless that one began anew.
     RELOADS: tl.constexpr = (reset is not None) and (STATES == 2 and not ZONED)
-    member = tl.program_id(0)
+    program = tl.program_id(0)
     direction = first_direction + tl.program_id(2)
     d = direction.to(tl.int64)
     batch_tile = first_tile + tl.program_id(1)
@@ -137,11 +124,11 @@ def backward_kernel(
     dt = tl.where(backwards, 1, -1)
     if GROUP:
         counters += (batch_tile * D + direction) * (2 * LINE)
-        PART: tl.constexpr = MEMBERS * BLOCK_H * BLOCK_B  # of one member, or for one
+        PART: tl.constexpr = PROGRAMS * BLOCK_H * BLOCK_B  # of one program, or for one
         group = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
-        partials += group.to(tl.int64) * (2 * MEMBERS * PART)
+        partials += group.to(tl.int64) * (2 * PROGRAMS * PART)
 
-    u0 = member * BLOCK_H
+    u0 = program * BLOCK_H
     u = u0 + tl.arange(0, BLOCK_H)[:, None]
     m = u0 * WORDS + tl.arange(0, WORDS * BLOCK_H)[:, None]
     gate_at = b * (WORDS * H) + m
@@ -237,9 +224,9 @@ def backward_kernel(
             slots, direct, new_dc = ADJOINT(factors, dh, dc, none)
         xs = operands(slots, dtype, G, BLOCK_H, BLOCK_B)
         if GROUP:
-            exchanged = partials + (step % 2) * (MEMBERS * PART)
+            exchanged = partials + (step % 2) * (PROGRAMS * PART)
             send_partials(
-                w, ws, u0, xs, once, exchanged, member, MEMBERS, STREAM, G, H, BLOCK_H, BLOCK_K,
+                w, ws, u0, xs, once, exchanged, program, PROGRAMS, STREAM, G, H, BLOCK_H, BLOCK_K,
                 CHUNKS, REGISTERS, MS, PRECISION,
             )  # fmt: skip
             arrive(counters, step, BLOCK_BARRIER)
@@ -260,9 +247,9 @@ def backward_kernel(
         factors = FACTORS(saved, now, before, FAST)
 
         if GROUP:
-            wait(counters, step, MEMBERS, BLOCK_BARRIER)
-            received = exchanged + member * PART
-            new_dh = sum_partials(received, u0, MEMBERS, TOGETHER, H, BLOCK_H, BLOCK_B)
+            wait(counters, step, PROGRAMS, BLOCK_BARRIER)
+            received = exchanged + program * PART
+            new_dh = sum_partials(received, u0, PROGRAMS, TOGETHER, H, BLOCK_H, BLOCK_B)
         if drop is not None:
             new_dh = dropped * new_dh
         if GROUP or drop is not None:
@@ -283,144 +270,3 @@ def backward_kernel(
     if drestart_h is not None:
         pointers = (drestart_h, drestart_c) if STATES == 2 else (drestart_h,)
         store_states(pointers, first_row, first_at, restarted, mine)
-
-
-class Gradients(NamedTuple):
-    """What a reverse sweep finds; all but dgates in fp32.
-
-    Attributes:
-        dgates: [D, N, H, S] in the dtype of the weights, GRU's slots (dr, dz, dn, r dn).
-        dh0: [D, B, H].
-        dc0: [D, B, H], LSTM only.
-        drestart_h: [D, B, H], with a restart state.
-        drestart_c: [D, B, H], LSTM only.
-    """
-
-    dgates: Tensor
-    dh0: Tensor
-    dc0: Tensor | None
-    drestart_h: Tensor | None
-    drestart_c: Tensor | None
-
-
-def plan_constants(plan: Plan) -> dict[str, int]:
-    """The constexpr arguments that this sweep alone takes from a plan."""
-    # As many members' partial sums at a time as fill the threads with 16 bytes each.
-    together = 128 * plan.warps // (plan.block_h * plan.block_b)
-    return {"MS": plan.k_split * plan.m_split, "TOGETHER": max(1, min(8, together))}
-
-
-def variant(plan: Plan, cell: str, D: int, H: int, precision: str, target: Any = None) -> Variant:
-    """The sweep of one cell, named ``cell``, under one plan."""
-    key = (plan, cell, D, H, precision, target)
-    found, functions = VARIANTS.get(key), (FACTORS[cell], ADJOINTS[cell], CELL_STATES.get(cell))
-    alike = found is not None and all(map(is_, found.functions, functions))
-    if found is None or not alike or found.kernel is not backward_kernel:
-        spec = SPECS[cell]
-        own = dict(zip(("FACTORS", "ADJOINT", "CELL_STATE"), functions, strict=True))
-        own |= {"G": spec.gates, "STATES": spec.states, "H": H, "PRECISION": precision}
-        constants = sweep_constants(plan, D, target) | plan_constants(plan) | own
-        found = Variant(backward_kernel, functions, constants, launch_options(plan))
-        VARIANTS[key] = found
-    return found
-
-
-VARIANTS: dict[Any, Variant] = {}
-
-
-def reverse_sweep(
-    cell: str,
-    gates: Tensor | None,
-    c_seq: Tensor | None,
-    out: Tensor,
-    weight_hh: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    dout: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc_seq: Tensor | None = None,
-    *,
-    rows: Rows,
-    reverse: tuple[bool, ...],
-    precision: str,
-    plan: Plan,
-    extras: Extras = NONE,
-) -> Gradients:
-    """Back-propagate through the recurrence of one layer. Nothing that was saved is modified.
-
-    Args:
-        cell: a key of `plan.SPECS`.
-        gates: what `forward_sweep` left in its gates; None for RNN without zoneout.
-        c_seq: c after every step [N, D * H], LSTM only.
-        out: [N, D * H].
-        weight_hh: as in `forward_sweep`.
-        h0: [D, B, H].
-        c0: [D, B, H], LSTM only.
-        dout: gradient of out, or None for zeros; so the next three.
-        dh_n: [D, B, H].
-        dc_n: [D, B, H].
-        dc_seq: gradient of c_seq.
-        rows: as in `forward_sweep`; so reverse and precision.
-        reverse: per direction.
-        precision: "ieee" or "tf32".
-        plan: see `plan.make_plan`.
-        extras: of the forward sweep.
-    """
-    spec = SPECS[cell]
-    D, _, H = weight_hh.shape
-    N = out.shape[0]
-    states, initial = (c_seq, c0) if spec.states == 2 else (out, h0)
-    dgates = zeros_where_ragged(extras, D, N, H, spec.slots, dtype=weight_hh.dtype, like=out)
-    dh0 = torch.empty(D, rows.B, H, dtype=torch.float32, device=out.device)
-    dc0 = torch.empty_like(dh0) if spec.states == 2 else None
-    drestart_h = drestart_c = None
-    if extras.reset is not None and extras.restart_h is not None:
-        drestart_h = torch.empty_like(dh0)
-        drestart_c = None if dc0 is None else torch.empty_like(dc0)
-    restart = extras.restart_c if spec.states == 2 else extras.restart_h
-    partials = None
-    if plan.members > 1:
-        groups = max(tiles * directions for _, tiles, _, directions in plan.launches(rows.B, D))
-        size = 2 * plan.members**2 * plan.block_h * plan.block_b
-        partials = torch.empty(groups * size, dtype=torch.float32, device=out.device)
-    tensors = {
-        "gates": gates if spec.slots == 4 or extras.zoned else None,
-        "w": weight_hh,
-        "states": states,
-        "initial": initial.to(states.dtype) if spec.slots == 4 else None,
-        "dout": dout,
-        "dc_seq": dc_seq,
-        "dh_n": dh_n,
-        "dc_n": dc_n,
-        "dgates": dgates,
-        "dh0": dh0,
-        "dc0": dc0,
-        "drestart_h": drestart_h,
-        "drestart_c": drestart_c,
-        "lengths": extras.lengths,
-        "reset": extras.reset,
-        "restart": restart.to(states.dtype) if spec.slots == 4 and restart is not None else None,
-        "zone_h": extras.zone_h,
-        "zone_c": extras.zone_c,
-        "drop": extras.drop,
-        "offsets": rows.offsets,
-        "counters": None,
-        "partials": partials,
-    }
-    numbers = {
-        "zoneout": extras.zoneout,
-        "clip": extras.clip,
-        "scale": 1.0,
-        "zero": 0,
-        "T": rows.T,
-        "B": rows.B,
-        "N": N,
-        "first_tile": 0,
-        "first_direction": 0,
-        "reverse": direction_bits(reverse),
-    }
-    target = compile_target(out.device) if plan.members > 1 else None
-    this = variant(plan, cell, D, H, precision, target)
-    launch(this, plan, D, out.device, tensors, numbers)
-    return Gradients(dgates, dh0, dc0, drestart_h, drestart_c)

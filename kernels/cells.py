@@ -9,9 +9,8 @@ A cell is three functions:
     factors(saved, now, before, FAST) -> tuple
         The step is linear in the gradients (dh, dc). These are its coefficients: they depend on
         saved values only, so the reverse sweep forms them while the tensor cores are busy.
-        before is the state before the step: c if there is one, else h. now is c after it, and
-        meaningless in a cell without c. RNN saves nothing but its output and gets that as its one
-        saved tile.
+        before is the state before the step: c if there is one, else h. now is c after it, undefined
+        for cells without c. RNN saves nothing but its output and gets that as its one saved tile.
     adjoint(factors, dh, dc, none) -> (slots, dh, dc)
         slots: gradients of the S gates; those that belong to a row of the recurrent weights go
         through the product. dh, dc: what reaches the step before without passing the product
@@ -24,6 +23,7 @@ n only, so that part needs a slot of its own. On the way back they are (dr, dz, 
 import triton
 import triton.language as tl
 
+from fused_rnn.kernels.cell import CellFunctions
 from fused_rnn.kernels.tiles import sigmoid, tanh
 
 
@@ -107,23 +107,7 @@ def lstm_adjoint(k, dh, dc, none):
     return (dc * k[0], dc * k[1], dc * k[2], dh * k[3]), none, dc * k[5]
 
 
-# What the kernels are given of each cell; `plan.SPECS` has its numbers.
-STEPS = {
-    "rnn_tanh": rnn_tanh_step,
-    "rnn_relu": rnn_relu_step,
-    "gru": gru_step,
-    "lstm": lstm_step,
-}
-FACTORS = {
-    "rnn_tanh": rnn_tanh_factors,
-    "rnn_relu": rnn_relu_factors,
-    "gru": gru_factors,
-    "lstm": lstm_factors,
-}
-CELL_STATES = {"lstm": lstm_cell_state}  # c after a step, from what it saved and c before
-ADJOINTS = {
-    "rnn_tanh": rnn_adjoint,
-    "rnn_relu": rnn_adjoint,
-    "gru": gru_adjoint,
-    "lstm": lstm_adjoint,
-}
+RNN_TANH = CellFunctions(rnn_tanh_step, rnn_tanh_factors, rnn_adjoint)
+RNN_RELU = CellFunctions(rnn_relu_step, rnn_relu_factors, rnn_adjoint)
+GRU = CellFunctions(gru_step, gru_factors, gru_adjoint)
+LSTM = CellFunctions(lstm_step, lstm_factors, lstm_adjoint, lstm_cell_state)

@@ -39,10 +39,10 @@ def arrive(counters, step, BLOCK_BARRIER: tl.constexpr = True):
 
 
 @triton.jit
-def wait(counters, step, members, BLOCK_BARRIER: tl.constexpr = True):
-    """Wait until all members of the group have announced `step`."""
+def wait(counters, step, programs, BLOCK_BARRIER: tl.constexpr = True):
+    """Wait until all programs of the group have announced `step`."""
     mine = counters + (step % 2) * LINE
-    target = (step // 2 + 1) * members
+    target = (step // 2 + 1) * programs
     if POLL:
         tl.atomic_poll(mine, target, sem="acquire", scope="gpu")
     else:
@@ -53,12 +53,12 @@ def wait(counters, step, members, BLOCK_BARRIER: tl.constexpr = True):
 
 
 @triton.jit
-def exchange(data, counters, step, members):
+def exchange(data, counters, step, programs):
     """A step of a group without block barriers of ours: compiled and looked at, never run."""
     at = data + tl.arange(0, 128)
     tl.store(at, step)
     arrive(counters, step, False)
-    wait(counters, step, members, False)
+    wait(counters, step, programs, False)
     tl.store(at + 256, tl.load(at + 128, cache_modifier=".cg"))
 
 
@@ -99,7 +99,7 @@ def needs_block_barriers(target: GPUTarget | None) -> bool:
     """
     if target is None or target.backend != "cuda":
         return True
-    types = {"data": "*i32", "counters": "*i32", "step": "i32", "members": "i32"}
+    types = {"data": "*i32", "counters": "*i32", "step": "i32", "programs": "i32"}
     options = {"num_warps": 4, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(ASTSource(exchange, types), target=target, options=options)
@@ -123,13 +123,13 @@ def sweep_constants(plan: Plan, D: int, target: GPUTarget | None = None) -> dict
     """The constexpr arguments that both sweeps take from a plan and, in a group, a target."""
     return {
         "D": D,
-        "MEMBERS": plan.members,
+        "PROGRAMS": plan.programs,
         "BLOCK_H": plan.block_h,
         "BLOCK_K": plan.block_k,
         "BLOCK_B": plan.block_b,
         "REGISTERS": plan.chunks,
         "STREAM": plan.regime == "streamed",
-        "BLOCK_BARRIER": plan.members > 1 and needs_block_barriers(target),
+        "BLOCK_BARRIER": plan.programs > 1 and needs_block_barriers(target),
         "FAST": plan.fast,
     }
 
@@ -137,6 +137,6 @@ def sweep_constants(plan: Plan, D: int, target: GPUTarget | None = None) -> dict
 def launch_options(plan: Plan) -> dict[str, Any]:
     """What the compiler is told beside the arguments."""
     options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
-    if plan.members > 1:
+    if plan.programs > 1:
         options["launch_cooperative_grid"] = True
     return options

@@ -7,7 +7,7 @@ its launcher.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -57,14 +57,12 @@ class Variant:
 
     Attributes:
         kernel: the Triton function.
-        functions: those of the cell, among its constants.
         constants: its constexpr arguments.
         options: what the compiler is told beside the arguments.
         compiled: by device and by which tensors there are and their types, what the JIT found.
     """
 
     kernel: Any
-    functions: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
     compiled: dict[Any, Any] = field(default_factory=dict)
@@ -76,45 +74,51 @@ class Variant:
         )
 
 
-def launch(
-    variant: Variant,
-    plan: Plan,
-    D: int,
-    device: torch.device,
-    tensors: dict[str, Tensor | None],
-    numbers: dict[str, int | float | None],
-) -> None:
-    """Launch a sweep for all batch tiles and directions, as often as the plan says.
+class Launch(NamedTuple):
+    """What is to be launched for a sweep: all its batch tiles and directions.
 
-    The counters belong to this call, so that streams, threads and replayed graphs share none.
-
-    Args:
-        variant: what is launched.
-        plan: see `plan.make_plan`.
+    Attributes:
+        variant: the sweep.
+        plan: how it runs.
         D: directions.
         device: where.
         tensors: arguments of the kernel, in its order.
         numbers: those behind them, in its order.
+    """
+
+    variant: Variant
+    plan: Plan
+    D: int
+    device: torch.device
+    tensors: dict[str, Tensor | None]
+    numbers: dict[str, int | float | None]
+
+
+def launch(what: Launch) -> None:
+    """Launch a sweep, as often as the plan says.
+
+    The counters belong to this call, so that streams, threads and replayed graphs share none.
 
     Raises:
         LaunchRefused: the driver refuses a group.
         RuntimeError: a launch fails, with the plan.
     """
+    variant, plan, D, device, tensors, numbers = what
     B: Any = numbers["B"]
-    if plan.members > 1:
+    if plan.programs > 1:
         size = -(-B // plan.block_b) * D * 2 * LINE.value
         tensors["counters"] = torch.zeros(size, dtype=torch.int32, device=device)
     first = True
     for tile, tiles, direction, directions in plan.launches(B, D):
         numbers["first_tile"], numbers["first_direction"] = tile, direction
-        grid = (plan.members, tiles, directions)
+        grid = (plan.programs, tiles, directions)
         try:
             launch_once(variant, grid, device, tensors, numbers)
         except (RuntimeError, TritonError) as error:
             text = f"a sweep failed, planned as {plan}: {error}"
-            if plan.members > 1 and first:
+            if plan.programs > 1 and first:
                 if "cooperative launch" in str(error):
-                    programs = plan.members * tiles * directions
+                    programs = plan.programs * tiles * directions
                     raise LaunchRefused(text, programs // 2) from error
                 if "operation not supported" in str(error):
                     raise LaunchRefused(text, 0) from error
@@ -139,12 +143,12 @@ def launch_once(
     if compiled is not None and _aligned(tensors):
         compiled[grid](*tensors.values(), *numbers.values(), *constants.values())
         return
-    found = variant.kernel[grid](**tensors, **numbers, **constants, **variant.options)
+    made = variant.kernel[grid](**tensors, **numbers, **constants, **variant.options)
     # Neither those of Triton's interpreter are kept, nor on AMD GPUs, where it looks at sizes, too,
     # nor for memory that is aligned otherwise than usual: the JIT makes other kernels of that.
-    if found is not None and torch.version.hip is None and _aligned(tensors):
+    if made is not None and torch.version.hip is None and _aligned(tensors):
         assert [*tensors, *numbers, *constants] == list(variant.kernel.arg_names)
-        variant.compiled[key] = found
+        variant.compiled[key] = made
 
 
 def _aligned(tensors: Mapping[str, Tensor | None]) -> bool:

@@ -187,13 +187,13 @@ _VARIANTS: dict[Any, Variant] = {}
 
 def _variant(kernel: Any, x_slots: tuple[int, ...], h_slots: tuple[int, ...]) -> Variant:
     key = (kernel is pack_kernel, x_slots, h_slots)  # hashing a Triton function takes a while
-    found = _VARIANTS.get(key)
-    if found is None or found.kernel is not kernel:
+    known = _VARIANTS.get(key)
+    if known is None or known.kernel is not kernel:
         constants = {"X_GATES": _code(x_slots), "H_GATES": _code(h_slots)}
         constants |= {"UNITS": UNITS, "COLUMNS": COLUMNS}
         options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-        found = _VARIANTS[key] = Variant(kernel, (), constants, options)
-    return found
+        known = _VARIANTS[key] = Variant(kernel, constants, options)
+    return known
 
 
 def _code(slots: tuple[int, ...]) -> int:

@@ -106,22 +106,22 @@ def store_partial(
     part,
     partials,
     chunk,
-    member,
-    MEMBERS: tl.constexpr,
+    program,
+    PROGRAMS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Store what this program found for a chunk of all units, each member's part at its place."""
+    """Store what this program found for a chunk of all units, each program's part at its place."""
     k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
-    at = ((k // BLOCK_H) * MEMBERS + member) * (BLOCK_H * BLOCK_B)
+    at = ((k // BLOCK_H) * PROGRAMS + program) * (BLOCK_H * BLOCK_B)
     at += tl.arange(0, BLOCK_B)[None, :] * BLOCK_H + k % BLOCK_H
-    tl.store(partials + at, part, mask=k < MEMBERS * BLOCK_H)
+    tl.store(partials + at, part, mask=k < PROGRAMS * BLOCK_H)
 
 
 @triton.jit
 def send_partials(
-    w, ws, u0, xs, once, partials, member, MEMBERS: tl.constexpr, STREAM: tl.constexpr,
+    w, ws, u0, xs, once, partials, program, PROGRAMS: tl.constexpr, STREAM: tl.constexpr,
     G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr, REGISTERS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def send_partials(
             for j in tl.static_range(0, G, 2):
                 tile = load_half(w, None, u0, i, j, G, H, BLOCK_H, BLOCK_K, 1)
                 part = through_weights(tile, xs[j // 2], part, 1, PRECISION)
-            store_partial(part, partials, i, member, MEMBERS, BLOCK_H, BLOCK_K, BLOCK_B)
+            store_partial(part, partials, i, program, PROGRAMS, BLOCK_H, BLOCK_K, BLOCK_B)
     else:
         for i in tl.static_range(CHUNKS):
             part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
@@ -142,28 +142,28 @@ def send_partials(
             else:
                 for _ in range(once):
                     part = multiply_chunk(ws[i], xs, part, MS, PRECISION)
-            store_partial(part, partials, i, member, MEMBERS, BLOCK_H, BLOCK_K, BLOCK_B)
+            store_partial(part, partials, i, program, PROGRAMS, BLOCK_H, BLOCK_K, BLOCK_B)
 
 
 @triton.jit
 def sum_partials(
     partials,
     u0,
-    MEMBERS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     TOGETHER: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """The sum of what all members found for this program's units, in a fixed order."""
+    """The sum of what all programs found for this program's units, in a fixed order."""
     p = tl.arange(0, TOGETHER)[:, None, None]
     u = tl.arange(0, BLOCK_H)[None, None, :]
     at = (p * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]) * BLOCK_H + u
     total = tl.zeros((TOGETHER, BLOCK_B, BLOCK_H), tl.float32)
-    for i in tl.static_range(0, MEMBERS, TOGETHER):
+    for i in tl.static_range(0, PROGRAMS, TOGETHER):
         total += tl.load(
             partials + i * (BLOCK_B * BLOCK_H) + at,
-            mask=(i + p < MEMBERS) & (u0 + u < H),
+            mask=(i + p < PROGRAMS) & (u0 + u < H),
             other=0.0,
             cache_modifier=".cg",
         )

@@ -8,7 +8,7 @@ and written as [S * BLOCK_H, BLOCK_B], row = unit * S + slot. In registers a gat
 import triton
 import triton.language as tl
 
-from fused_rnn.kernels.extras import load_reset
+from fused_rnn.kernels.options import load_reset
 
 
 @triton.jit
@@ -36,13 +36,13 @@ def sigmoid(x, FAST: tl.constexpr):
 
 
 @triton.constexpr_function
-def words(S, members, dtype):
+def words(S, programs, dtype):
     """Elements of a unit in a tile as it is loaded or stored: S slots, or one word of 64 bits.
 
     In a group a program has few units, and with one word per unit and sequence no thread has to
     pass slots to another. In a tile of all units the slots move through shared memory at less cost.
     """
-    return 1 if members > 1 and dtype.primitive_bitwidth == 16 else S
+    return 1 if programs > 1 and dtype.primitive_bitwidth == 16 else S
 
 
 @triton.jit

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever
 import torch
 
 import fused_rnn
-from fused_rnn.check import child
-from fused_rnn.check.rows import Row
+from fused_rnn.tools.check import child
+from fused_rnn.tools.check.rows import Row
 
 SIZE: dict[str, Any] = {"T": 3, "B": 2, "I": 3, "H": 4, "timed_steps": 3}
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_rnn
-from fused_rnn.dispatch import Backend
+from fused_rnn.engines.cells import CELLS
+from fused_rnn.engines.dispatch import Backend
+from fused_rnn.kernels.plan import PlanRequest, Precision
 
 # name: (torch.nn's layer, ours, keyword arguments of both)
 LAYERS: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, Any]]] = {
@@ -34,20 +36,43 @@ def assert_close(
     name: str,
     dtype: torch.dtype | None = None,
     growth: float = 1.0,
+    of_largest: float | None = None,
 ) -> None:
     """Same shape, nothing non-finite, and errors within ``growth`` tolerances of ``dtype``.
 
     Errors are relative to the RMS of the reference, or to 0.1 where that is smaller: gates and
-    states are of order one, and a small sum of theirs has their absolute error.
+    states are of order one, and a small sum of theirs has their absolute error. With ``of_largest``
+    only the largest one counts, relative to the reference's largest value, or to 1.
     """
     assert found.shape == expected.shape, f"{name}: {found.shape} instead of {expected.shape}"
     assert torch.isfinite(found).all(), f"{name} is not finite"
-    largest, rms = (growth * limit for limit in TOLERANCE[dtype or found.dtype])
     error, scale = found.double() - expected.double(), expected.double()
+    if of_largest is not None:
+        limit = of_largest * max(1.0, scale.abs().max().item())
+        assert error.abs().max() <= limit, f"{name}: error {error.abs().max():.2e} of {limit:.2e}"
+        return
+    largest, rms = (growth * limit for limit in TOLERANCE[dtype or found.dtype])
     floor = max(scale.square().mean().sqrt().item(), 0.1)
     assert error.abs().max() <= largest * floor, f"{name}: largest error {error.abs().max():.2e}"
     root = error.square().mean().sqrt()
     assert root <= rms * floor, f"{name}: RMS error {root:.2e} of {floor:.2e}"
+
+
+def plan_request(
+    cell: str,
+    H: int,
+    dtype: torch.dtype | int,
+    B: int,
+    D: int = 1,
+    precision: Precision = "tf32",
+    fast: bool = True,
+) -> PlanRequest:
+    """What the planner is asked for a cell, named; ``dtype`` may be the bytes of an element."""
+    kernels = CELLS[cell].kernels
+    assert kernels is not None
+    if isinstance(dtype, int):
+        dtype = {2: torch.bfloat16, 4: torch.float32}[dtype]
+    return PlanRequest(kernels, H, dtype, B, D, precision, fast)
 
 
 def twins(

@@ -4,11 +4,13 @@ import itertools
 from dataclasses import replace
 
 import torch
+from helpers import assert_close, plan_request
 
-from fused_rnn import cells
-from fused_rnn.kernels import backward, forward
-from fused_rnn.kernels.forward import Rows
-from fused_rnn.kernels.plan import LIMITS, make_plan
+from fused_rnn.engines import cells
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.planner import make_plan
+from fused_rnn.kernels.sweep import DeviceLayout, Sweep
+from fused_rnn.kernels.sweeps import forward_sweep, reverse_sweep
 
 CELLS = {c.name: c for c in (cells.RNN_TANH, cells.RNN_RELU, cells.GRU, cells.LSTM)}
 # Largest error over the largest value of the reference. 16-bit: h is rounded once per step, the
@@ -24,14 +26,14 @@ LENGTHS = {
 }
 
 
-def make_rows(T, B, packed):
-    """Rows, and the number of sequences that are running at each step."""
+def make_layout(T, B, packed):
+    """The layout, and the number of sequences that are running at each step."""
     if not packed:
-        return Rows(T, B, T * B), [B] * T
+        return DeviceLayout(T, B, T * B), [B] * T
     lengths = LENGTHS[B]
     sizes = [sum(n > t for n in lengths) for t in range(lengths[0])]
     offsets = torch.tensor([0, *itertools.accumulate(sizes)])
-    return Rows(lengths[0], B, sum(sizes), offsets), sizes
+    return DeviceLayout(lengths[0], B, sum(sizes), offsets), sizes
 
 
 class Problem:
@@ -40,9 +42,9 @@ class Problem:
     def __init__(self, name, dtype, H, B, T, reverse=(False,), packed=False):
         self.cell, self.name, self.dtype = CELLS[name], name, dtype
         self.H, self.reverse = H, reverse
-        self.rows, self.sizes = make_rows(T, B, packed)
+        self.layout, self.sizes = make_layout(T, B, packed)
         torch.manual_seed(H * 1000 + B * 10 + T)
-        D, N, G = len(reverse), self.rows.N, self.cell.gates
+        D, N, G = len(reverse), self.layout.N, self.cell.gates
 
         def random(*shape, scale=1.0):
             return (torch.randn(shape) * scale).to(dtype).double().requires_grad_()
@@ -58,9 +60,9 @@ class Problem:
     def _run(self):
         outs, cs, h_n, c_n = [], [], [], []
         for d, reverse in enumerate(self.reverse):
-            out, c_seq = [None] * self.rows.T, [None] * self.rows.T
+            out, c_seq = [None] * self.layout.T, [None] * self.layout.T
             h, c = self.h0[d], None if self.c0 is None else self.c0[d]
-            for t in reversed(range(self.rows.T)) if reverse else range(self.rows.T):
+            for t in reversed(range(self.layout.T)) if reverse else range(self.layout.T):
                 n = self.sizes[t]  # the first n sequences are running
                 at = slice(sum(self.sizes[:t]), sum(self.sizes[: t + 1]))
                 gh = h[:n] @ self.w[d].T + self.gh[d, at]
@@ -114,23 +116,18 @@ def group_plan(p: Problem, block_h=16, block_k=32, **parts):
     Made by hand, small sizes meet what the planner gives to large ones.
     """
     chunks = 0 if parts.get("regime") == "streamed" else -(-p.H // block_k)
-    plan = make_plan(p.name, p.H, p.dtype.itemsize, 1, len(p.reverse), LIMITS[80], fast=False)
+    request = plan_request(p.name, p.H, p.dtype, 1, len(p.reverse), fast=False)
+    plan = make_plan(request, LIMITS[80])
     plan = replace(plan, regime="cooperative", block_h=block_h, block_k=block_k, block_b=8)
-    plan = replace(plan, members=-(-p.H // block_h), chunks=chunks, k_split=1, m_split=1, tiles=0)
+    plan = replace(plan, programs=-(-p.H // block_h), chunks=chunks, k_split=1, m_split=1, tiles=0)
     return replace(plan, **parts)
-
-
-def assert_close(got, want, tolerance, what):
-    error = (got.double() - want).abs().max().item()
-    limit = tolerance * max(1.0, want.abs().max().item())
-    assert error <= limit, f"{what}: error {error:.2e}, allowed {limit:.2e}"
 
 
 def check_sweeps(p: Problem, plan, precision, use_c_seq, saves=(False, True)):
     """Both sweeps against the reference; what they found and what they should, by name."""
     D = len(p.reverse)
     tolerance = TF32_TOLERANCE if precision == "tf32" else TOLERANCE[p.dtype]
-    how = {"rows": p.rows, "reverse": p.reverse, "precision": precision, "plan": plan}
+    sweep = Sweep(p.cell.kernels, p.layout, p.reverse, precision, plan)
     w, bias = p.to(p.w), p.to(p.bias) if p.name == "gru" else None
     h0, c0 = p.to(p.h0), p.to(p.c0, torch.float32)
     want = {"out": p.out, "h_n": p.h_n}
@@ -139,27 +136,25 @@ def check_sweeps(p: Problem, plan, precision, use_c_seq, saves=(False, True)):
     for save in saves:
         gates = p.to(p.slots(p.gx))
         before = gates.clone()
-        out = torch.full((p.rows.N, D * p.H), torch.nan, dtype=p.dtype)
-        h_n, c_n, c_seq, _ = forward.forward_sweep(
-            p.name, gates, w, bias, h0, c0, out, save=save, **how
-        )
+        out = torch.full((p.layout.N, D * p.H), torch.nan, dtype=p.dtype)
+        h_n, c_n, c_seq, _ = forward_sweep(sweep, gates, w, bias, h0, c0, out, save=save)
         if not save:
             assert c_seq is None
             assert torch.equal(gates.nan_to_num(), before.nan_to_num())
         got = {"out": out, "h_n": h_n, "c_n": c_n, "c_seq": c_seq}
         got = {name: x for name, x in got.items() if x is not None}
         for name, x in got.items():
-            assert_close(x, want[name], tolerance, name)
+            assert_close(x, want[name], name, of_largest=tolerance)
 
     d, gradients = p.gradients(use_c_seq)
     saved = [None if x is None else x.clone() for x in (gates, c_seq, out)]
     d = [p.to(x) for x in d] + [None] * 2
-    dgates, dh0, dc0, *_ = backward.reverse_sweep(
-        p.name, gates, c_seq, out, w, h0, c0, d[0], d[1], d[2], d[3] if use_c_seq else None, **how
+    dgates, dh0, dc0, *_ = reverse_sweep(
+        sweep, gates, c_seq, out, w, h0, c0, d[0], d[1], d[2], d[3] if use_c_seq else None
     )
     got |= {"dgates": dgates, "dh0": dh0} | ({"dc0": dc0} if p.cell.has_c else {})
     for name, x in gradients.items():
-        assert_close(got[name], x, tolerance, name)
+        assert_close(got[name], x, name, of_largest=tolerance)
     for x, kept in zip((gates, c_seq, out), saved, strict=True):
         assert x is None or torch.equal(x, kept), "a saved tensor was modified"
     return got, want | gradients

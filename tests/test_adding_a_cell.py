@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_rnn
-from fused_rnn import cells, triton_backend
-from fused_rnn.base import FusedRNNBase
-from fused_rnn.cells import Cell
-from fused_rnn.kernels.plan import LIMITS, SPECS
+from fused_rnn.engines import cells
+from fused_rnn.kernels.cell import KernelCell
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.layers.base import FusedRNNBase
+from fused_rnn.spec.cells import Cell
 
 ROOT = Path(__file__).parent.parent
 NAME = "fused_rnn.examples.minimal_gated_unit"
@@ -37,7 +38,7 @@ def _layer() -> type[FusedRNNBase]:
 
 @pytest.fixture(autouse=True)
 def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_rnn.triton_backend.rnn_precision", lambda: "ieee")
+    monkeypatch.setattr("fused_rnn.engines.triton.support.rnn_precision", lambda: "ieee")
 
 
 def twins(FusedMGU: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -98,7 +99,7 @@ def test_groups_of_programs(
     if triton_device == "cuda":
         compare(FusedMGU, "cuda", T=20, B=19, H=700, packed=True, bidirectional=True)
         return
-    monkeypatch.setattr("fused_rnn.devices.device_limits", lambda device: LIMITS[80])
+    monkeypatch.setattr("fused_rnn.engines.triton.devices.device_limits", lambda device: LIMITS[80])
     with concurrent_grid(timeout=600):
         compare(FusedMGU, "cpu", T=2, B=2, H=130, packed=False)
 
@@ -189,7 +190,7 @@ def half_a_cell() -> Iterator[type[FusedRNNBase]]:
             return self._run(input, None)
 
     yield Half
-    del cells.BY_NAME["half"]
+    del cells.CELLS["half"]
 
 
 def test_a_cell_without_kernels_runs_the_eager_loop(half_a_cell: Any) -> None:
@@ -205,29 +206,38 @@ def test_names_are_taken_once(FusedMGU: Any) -> None:
     for name in ("gru", "mgu"):
         with pytest.raises(ValueError, match=f"there is a cell '{name}' already"):
             cells.register(Cell(name, gates=3, has_c=False, step=cells.GRU.step))
-    nothing: Any = dict.fromkeys(("step", "factors", "adjoint", "saved"))
-    for cell in (cells.GRU, cells.BY_NAME["mgu"], Cell("x", 1, False, cells.GRU.step)):
-        with pytest.raises(ValueError, match="is not registered, or has its kernels already"):
-            triton_backend.register(cell, x_slots=(0,), h_slots=(0,), **nothing)
+
+
+def kernel_cell(x_slots: tuple[int, ...], h_slots: tuple[int, ...], states: int = 1) -> KernelCell:
+    nothing: Any = None
+    return KernelCell("half", states, x_slots, h_slots, functions=nothing, activate=nothing)
+
+
+def test_kernels_of_another_cell() -> None:
+    for kernels in (kernel_cell((0,), (0,)), kernel_cell((0, 1), (0, 1), states=2)):
+        with pytest.raises(ValueError, match="'half' has 2 gates and 1 states, but its kernels"):
+            cells.register(Cell("half", 2, has_c=False, step=cells.GRU.step, kernels=kernels))
+    assert "half" not in cells.CELLS
 
 
 @pytest.mark.parametrize(
     ("x_slots", "h_slots"),
     [
-        ((0, 1, 2), (0, 1, 2)),  # three slots for two gates
         ((0, 0), (0, 0)),
         ((0, 4), (0, 4)),
         ((1, 3), (1, 2)),  # the recurrent part must have slot 3
         ((3, 2), (3, 3)),
-        ((0,), (0,)),
-        ((), ()),
+        ((1,), (1,)),  # a gate alone has the only slot
     ],
     ids=str,
 )
 def test_slots_that_the_kernels_do_not_have(
-    half_a_cell: Any, x_slots: tuple[int, ...], h_slots: tuple[int, ...]
+    x_slots: tuple[int, ...], h_slots: tuple[int, ...]
 ) -> None:
-    nothing: Any = dict.fromkeys(("step", "factors", "adjoint", "saved"))
-    with pytest.raises(ValueError, match="the kernels cannot run 2 gates"):
-        triton_backend.register(cells.BY_NAME["half"], x_slots=x_slots, h_slots=h_slots, **nothing)
-    assert "half" not in SPECS
+    with pytest.raises(ValueError, match=f"the kernels cannot run {len(h_slots)} gates"):
+        kernel_cell(x_slots, h_slots)
+
+
+def test_states_that_the_kernels_do_not_have() -> None:
+    with pytest.raises(ValueError, match="and 3 states"):
+        kernel_cell((0,), (0,), states=3)

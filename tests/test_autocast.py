@@ -8,7 +8,7 @@ from helpers import LAYERS, assert_no_worse, every_layer, packer, states, tensor
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn import native
+from fused_rnn.engines import native_rules
 
 TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 KINDS = ["tanh", "relu", "gru", "lstm"]
@@ -150,7 +150,7 @@ def test_fp64_is_left_alone() -> None:
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_explain_knows_the_type(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 16-bit types torch.nn's kernels take those for which the CPU has instructions."""
-    monkeypatch.setattr(native, "_multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr(native_rules, "_multiplies", lambda dtype: multiplies)
     layer, x = fused_rnn.FusedLSTM(3, 64), torch.zeros(16, 8, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fused_rnn.explain(layer, x)[0].backend == ("native" if multiplies else "cpu")

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn import autograd, cpu, cpu_sweep
-from fused_rnn.dispatch import Backend
+from fused_rnn.engines.cpu import engine as cpu
+from fused_rnn.engines.cpu import sweep as cpu_sweep
+from fused_rnn.engines.dispatch import Backend
+from fused_rnn.ops import autograd
+from fused_rnn.spec.layer import Needs, WeightNeeds
 
 
 def function_of_everything(
@@ -193,7 +196,7 @@ def test_inputs_and_saved_tensors_are_never_modified(kind: str, backend: Backend
 @every_layer
 def test_frozen_parameters_cost_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, layer = twins(kind, 3, 5, dtype=torch.float64, backend="cpu")
-    wanted: list[tuple[bool, ...]] = []
+    wanted: list[Needs] = []
     original = cpu.backward
 
     def spy(*args: Any) -> Any:
@@ -206,14 +209,9 @@ def test_frozen_parameters_cost_nothing(kind: str, monkeypatch: pytest.MonkeyPat
     x = torch.randn(4, 2, 3, dtype=torch.float64)
     layer(x)[0].sum().backward()
     assert layer.bias_hh_l0.grad is not None
-    assert wanted == [tuple(name == "b_hh" for name in ("x", "h0", "c0", *_fields()))]
+    one = WeightNeeds(*[name == "b_hh" for name in WeightNeeds._fields])
+    assert wanted == [Needs(False, False, False, (one,))]
     assert all(p.grad is None for n, p in layer.named_parameters() if n != "bias_hh_l0")
-
-
-def _fields() -> tuple[str, ...]:
-    from fused_rnn.problem import Weights
-
-    return Weights._fields
 
 
 @every_layer
@@ -349,10 +347,10 @@ def test_activation_checkpointing_of_the_kernels(
 @every_layer
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_chunks_end_anywhere(
+def test_spans_end_anywhere(
     kind: str, packed: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The CPU's sweeps cut time into chunks, here of a few rows, in both directions."""
+    """The CPU's sweeps cut time into spans, here of a few rows, in both directions."""
     options = {"bidirectional": True, "backend": "cpu", "recompute": recompute}
     plain, fused = twins(kind, 3, 5, dtype=torch.float64, **options)
     xs = [torch.randn(9, 3, 3, dtype=torch.float64)]
@@ -362,6 +360,6 @@ def test_chunks_end_anywhere(
     hx = states(plain, 4 if packed else 3)
     expected = run(plain, xs, hx, make)
     for least in (1, 4, 7):
-        monkeypatch.setattr(cpu_sweep, "CHUNK", 0)
+        monkeypatch.setattr(cpu_sweep, "SPAN", 0)
         monkeypatch.setattr(cpu_sweep, "LEAST", least)
         assert_same(run(fused, xs, hx, make), expected)

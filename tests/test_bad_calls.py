@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
-from fused_rnn import functional
+from fused_rnn.ops import functional
 
 T, B, I, H = 4, 2, 3, 5
 x = torch.zeros(T, B, I)
@@ -21,7 +21,7 @@ def _nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **keywords: Any) -> None:
         raise AssertionError("a layer ran")
 
-    monkeypatch.setattr(functional, "_run", fail)
+    monkeypatch.setattr(functional, "run", fail)
 
 
 @pytest.mark.parametrize(

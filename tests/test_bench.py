@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import plan_request
 from torch import nn
 
 from bench import (
@@ -24,7 +25,8 @@ from bench import (
 )
 from bench.cases import GPU_SETS, SETS, Case
 from bench.providers import PROVIDERS, CompiledLoop, Fused, TorchNN
-from fused_rnn.kernels.plan import LIMITS, make_plan
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.planner import make_plan
 
 CPU = torch.device("cpu")
 LSTM = Case("lstm", "fp32", T=4, B=2, I=3, H=5)
@@ -225,9 +227,9 @@ def test_roofline_by_hand():
     H, B = 128, 8
     case = dataclasses.replace(LSTM, dtype="bf16", H=H, B=B)
     limits = LIMITS[90]
-    plan = make_plan("lstm", H, 2, B, 1, limits)
+    plan = make_plan(plan_request("lstm", H, 2, B, 1), limits)
     found = roofline.bounds(case, "sweep", limits, plan)
-    assert plan.members == 1
+    assert plan.programs == 1
     assert found.barrier == 0
     assert found.tensor == pytest.approx(2 * 4 * H * H * B / (4096 * 1755))
     assert found.l2 == pytest.approx(5 * 2 * H * B / (64 * 1755))
@@ -237,7 +239,7 @@ def test_roofline_by_hand():
 
 def test_roofline_of_a_group_has_a_barrier_for_each_sweep():
     case = dataclasses.replace(LSTM, dtype="bf16", H=1024, B=8)
-    plan = make_plan("lstm", 1024, 2, 8, 1, LIMITS[90])
+    plan = make_plan(plan_request("lstm", 1024, 2, 8, 1), LIMITS[90])
     for with_plan in (plan, None):
         forward = roofline.bounds(case, "forward", LIMITS[90], with_plan)
         train = roofline.bounds(case, "train", LIMITS[90], with_plan)

@@ -8,10 +8,11 @@ from helpers import LAYERS, every_layer, states, tensors, twins
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn import cpu, reference, step
-from fused_rnn.dispatch import Backend
-from fused_rnn.problem import Layer
-from fused_rnn.rows import Rows
+from fused_rnn.engines import native, reference
+from fused_rnn.engines.cpu import engine as cpu
+from fused_rnn.engines.dispatch import Backend
+from fused_rnn.spec.batch import BatchLayout
+from fused_rnn.spec.layer import LayerInputs, LayerSpec
 
 KINDS = ["tanh", "relu", "gru", "lstm"]
 
@@ -117,12 +118,12 @@ def test_the_step_of_a_gpu(kind: str, directions: int) -> None:
     """What runs a single step there, on tensors of a CPU."""
     _, fused = twins(kind, 3, 5, bidirectional=directions == 2, dtype=torch.float64)
     x, hx = torch.randn(4, 3, dtype=torch.float64), states(fused, 4)
-    weights = [p for w in fused._weights()[0] for p in w]
-    inputs = (x, hx[0], hx[1] if len(hx) == 2 else None, *weights)
-    layer = Layer(fused._cell, Rows(1, 4), directions)
-    assert step.suits(layer, torch.device("cuda"), torch.float64, False)
-    oracle = reference.run(layer, inputs)
-    for found, expected in zip(step.forward(layer, inputs), oracle, strict=True):
+    weights = tuple(fused._weights()[0])
+    inputs = LayerInputs(x, hx[0], hx[1] if len(hx) == 2 else None, weights)
+    spec = LayerSpec(fused._cell, BatchLayout(1, 4), directions, 5)
+    assert native.steps_at_once(spec, torch.device("cuda"), torch.float64)
+    oracle = reference.run(spec, inputs)
+    for found, expected in zip(native.step(spec, inputs), oracle, strict=True):
         assert (found is None) is (expected is None)
         if found is not None and expected is not None:
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)

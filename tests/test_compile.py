@@ -11,9 +11,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, vmap
 
 import fused_rnn
-from fused_rnn import ops
-from fused_rnn.cells import BY_NAME
-from fused_rnn.dispatch import Backend
+from fused_rnn.engines.cells import CELLS
+from fused_rnn.engines.dispatch import Backend
+from fused_rnn.ops import operators
+from fused_rnn.ops.encoding import Settings
+from fused_rnn.spec.batch import BatchLayout
+from fused_rnn.spec.layer import LayerInputs, LayerSpec, Options, OptionTensors, Weights
 
 # More than one size at a time changes, and none is 0 or 1, for which Dynamo compiles anew.
 SIZES = [(4, 2), (7, 3), (2, 5), (9, 9)]  # T, B
@@ -129,7 +132,7 @@ def test_how_many_graphs_there_are(sizes: list[tuple[int, int]], graphs: list[in
 
 
 def test_a_forced_backend_that_cannot_run_raises() -> None:
-    """Traced lengths are no stretches, so the sweeps of the CPU engine do not do."""
+    """Traced lengths are no segments, so the sweeps of the CPU engine do not do."""
     layer = fused_rnn.FusedGRU(3, 5, backend="cpu")
     lengths = torch.tensor([3, 1])
     x = torch.randn(4, 2, 3)
@@ -249,31 +252,45 @@ def arguments(
     directions: int,
     save: bool,
     device: str,
-    extras: bool = False,
+    options: bool = False,
 ) -> tuple[Any, ...]:
-    """Of :func:`fused_rnn.ops.layer_op`, without biases where ``packed``."""
-    T, B, I, H, G = 3, 2, 3, 4, BY_NAME[cell].gates
+    """Of :func:`fused_rnn.ops.operators.layer_op`, without biases where ``packed``."""
+    T, B, I, H, known = 3, 2, 3, 4, CELLS[cell]
+    G, has_c, steps = known.gates, known.has_c, (5,) if packed else (T, B)
     sizes = torch.tensor([2, 2, 1]) if packed else None
-    shapes = [(5, I) if packed else (T, B, I), (directions, B, H)]
-    shapes += [(directions, B, H)] if BY_NAME[cell].has_c else []
-    shapes += ([(G * H, I), (G * H, H)] + ([] if packed else [(G * H,), (G * H,)])) * directions
-    inputs = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
-    if not extras:
-        return inputs, sizes, cell, directions, packed, backend, [False] * 7, 0.0, None, False, save
-    has_c, steps = BY_NAME[cell].has_c, (5,) if packed else (T, B)
-    zones = [torch.rand(*steps, directions * H) < 0.3 for _ in range(2)]
-    masks = [
-        None if packed else torch.tensor([1, 3]),
-        torch.rand(steps) < 0.3,
-        torch.randn(directions, H, requires_grad=True),
-        torch.randn(directions, H, requires_grad=True) if has_c else None,
-        zones[0],
-        zones[1] if has_c else None,
-        torch.rand(directions, B, H),
-    ]
-    inputs += [m.to(device) for m in masks if m is not None]
-    given = [m is not None for m in masks]
-    return inputs, sizes, cell, directions, packed, backend, given, 0.0, 0.5, has_c, save
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, requires_grad=True)
+
+    def weights() -> Weights:
+        bias = [None if packed else random(G * H) for _ in range(2)]
+        return Weights(random(G * H, I), random(G * H, H), *bias, None)
+
+    tensors = OptionTensors()
+    if options:
+        zone = torch.rand(*steps, directions * H, device=device) < 0.3
+        tensors = OptionTensors(
+            lengths=None if packed else torch.tensor([1, 3], device=device),
+            reset=torch.rand(steps, device=device) < 0.3,
+            restart_h=random(directions, H),
+            restart_c=random(directions, H) if has_c else None,
+            zone_h=zone,
+            zone_c=zone.clone() if has_c else None,
+            drop=torch.rand(directions, B, H, device=device),
+        )
+    inputs = LayerInputs(
+        random(*steps, I),
+        random(directions, B, H),
+        random(directions, B, H) if has_c else None,
+        tuple(weights() for _ in range(directions)),
+        tensors,
+    )
+    settled = Options(zoned=True, clip=0.5, cells=has_c) if options else None
+    layout = BatchLayout(T, B)  # which the operators do not read
+    spec = LayerSpec(known, layout, directions, H, recompute=packed, options=settled)
+    present = [t for t in inputs.flatten() if t is not None]
+    numbers = [0.0, 0.5] if options else [0.0]
+    return present, sizes, Settings.text(spec, inputs, backend), numbers, save
 
 
 @pytest.mark.parametrize(
@@ -283,35 +300,36 @@ def arguments(
 def test_operators(cell: str, packed: bool, directions: int, save: bool) -> None:
     """PyTorch's own checks: schema, autograd, fake shapes and types, tracing of symbolic sizes."""
     inputs, *options = arguments(cell, "cpu", packed, directions, save, "cpu")
-    torch.library.opcheck(ops.layer_op, (inputs, *options))
+    torch.library.opcheck(operators.layer_op, (inputs, *options))
     check_backward(inputs, options, ["test_schema", "test_faketensor"])
 
 
-@pytest.mark.parametrize(("cell", "extras"), [("gru", False), ("lstm", True)])
-def test_operators_of_the_eager_loop(cell: str, extras: bool) -> None:
+@pytest.mark.parametrize(("cell", "with_options"), [("gru", False), ("lstm", True)])
+def test_operators_of_the_eager_loop(cell: str, with_options: bool) -> None:
     """Without the checks that look into storages, which tensors under torch.func have not."""
-    inputs, *options = arguments(cell, "eager", not extras, 2, True, "cpu", extras)
-    torch.library.opcheck(ops.layer_op, (inputs, *options))
+    inputs, *options = arguments(cell, "eager", not with_options, 2, True, "cpu", with_options)
+    torch.library.opcheck(operators.layer_op, (inputs, *options))
     check_backward(inputs, options, ["test_autograd_registration"])
 
 
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "extras"])
+@pytest.mark.parametrize("with_options", [False, True], ids=["plain", "options"])
 @pytest.mark.parametrize(("cell", "packed"), [("rnn_relu", False), ("gru", True), ("lstm", False)])
 def test_operators_of_the_kernels(
-    cell: str, packed: bool, extras: bool, triton_device: str
+    cell: str, packed: bool, with_options: bool, triton_device: str
 ) -> None:
-    inputs, *options = arguments(cell, "triton", packed, 1, True, triton_device, extras)
+    inputs, *options = arguments(cell, "triton", packed, 1, True, triton_device, with_options)
     checks = ["test_schema", "test_faketensor"]
-    torch.library.opcheck(ops.layer_op, (inputs, *options), test_utils=checks)
+    torch.library.opcheck(operators.layer_op, (inputs, *options), test_utils=checks)
     check_backward(inputs, options, checks)
 
 
 def check_backward(inputs: list[Tensor], options: list[Any], checks: list[str]) -> None:
     """With gradients of the first two outputs, for all inputs but h0."""
     plain = [t.detach() for t in inputs]
-    results = ops.layer_op(plain, *options)
+    results = operators.layer_op(plain, *options)
     grads = [torch.randn_like(results[0]), torch.randn_like(results[1])]
-    given = [True, True, *[False] * (BY_NAME[options[1]].has_c + options[-2])]
+    told = Settings.of(options[1])
+    given = [True, True, *[False] * (told.cell.has_c + told.cells)]
     needs = [k != 1 and t.requires_grad for k, t in enumerate(inputs)]
     arguments = (grads, given, plain, results, needs, *options[:-1])
-    torch.library.opcheck(ops.layer_backward_op, arguments, test_utils=checks)
+    torch.library.opcheck(operators.layer_backward_op, arguments, test_utils=checks)

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import twins
+from helpers import plan_request, twins
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from fused_rnn.kernels.plan import LIMITS, make_plan
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.planner import make_plan
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def test_which_are_groups() -> None:
         for limits in LIMITS.values():
             if limits.groups:
                 cell = {"tanh": "rnn_tanh"}.get(case.kind, case.kind)
-                plan = make_plan(cell, case.H, 2, B, 1, limits)
-                assert (plan.members > 1) == case.group, (case, limits.target)
+                plan = make_plan(plan_request(cell, case.H, 2, B), limits)
+                assert (plan.programs > 1) == case.group, (case, limits.target)
 
 
 # ---- a GPU, or what stands in for one -----------------------------------------------------------

@@ -9,11 +9,14 @@ from helpers import LAYERS, tensors, twins
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_rnn import triton_backend, triton_engine
-from fused_rnn.dispatch import Backend
-from fused_rnn.kernels import backward, forward, pack
-from fused_rnn.kernels.plan import LIMITS, SPECS, make_plan
-from fused_rnn.problem import Layer
+from fused_rnn.engines.dispatch import Backend
+from fused_rnn.engines.triton import engine as triton_engine
+from fused_rnn.engines.triton import support
+from fused_rnn.engines.triton.products import plan_request
+from fused_rnn.kernels import pack
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.planner import make_plan
+from fused_rnn.spec.layer import LayerSpec
 
 KINDS = ["tanh", "relu", "gru", "lstm"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -56,47 +59,13 @@ def is_tensor(value: Any) -> bool:
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton engine on tensors without memory: its sweeps only allocate."""
 
-    def forward_sweep(
-        cell: str, gates: Tensor, w: Any, bias: Any, h0: Tensor, c0: Any, out: Tensor, **kw: Any
-    ) -> Any:
-        D, N, H, _ = gates.shape
-        h_n, fed = out.new_empty(D, kw["rows"].B, H), None
-        if kw["save"] and kw["extras"].feeds:
-            fed = out.new_empty(N, D * H)
-        if SPECS[cell].states == 1:
-            return forward.Swept(h_n, None, None, fed)
-        keeps = kw["save"] or kw["cells"]
-        c_seq = out.new_empty(N, D * H, dtype=torch.float32) if keeps else None
-        return forward.Swept(h_n, h_n.clone(), c_seq, fed)
-
-    def reverse_sweep(
-        cell: str,
-        gates: Any,
-        c_seq: Any,
-        out: Tensor,
-        w: Any,
-        h0: Tensor,
-        c0: Any,
-        *_: Any,
-        **kw: Any,
-    ) -> Any:
-        D, B, H = h0.shape
-        dgates = out.new_empty(D, out.shape[0], H, SPECS[cell].slots)
-        dh0 = h0.new_empty(D, B, H, dtype=torch.float32)
-        dc0 = None if c0 is None else dh0.clone()
-        restarts = kw["extras"].restart_h is not None
-        return backward.Gradients(
-            dgates, dh0, dc0, dh0.clone() if restarts else None, dc0 if restarts else None
-        )
-
-    def make_engine(layer: Layer, device: Any, dtype: Any, H: int, *_: Any) -> Any:
-        plan = make_plan(layer.cell.name, H, 4, layer.rows.B, layer.directions, LIMITS[90])
+    def make_engine(spec: LayerSpec, device: Any, dtype: Any) -> Any:
+        plan = make_plan(plan_request(spec, torch.float32, "tf32"), LIMITS[90])
         return triton_engine.TritonEngine(plan, "tf32")
 
-    monkeypatch.setattr(triton_backend, "make_engine", make_engine)
+    monkeypatch.setattr(support, "make_engine", make_engine)
     monkeypatch.setattr(pack, "launch_once", lambda *_: None)
-    monkeypatch.setattr(triton_engine, "forward_sweep", forward_sweep)
-    monkeypatch.setattr(triton_engine, "reverse_sweep", reverse_sweep)
+    monkeypatch.setattr(triton_engine, "launch", lambda what: None)
 
 
 def build(kind: str, **options: Any) -> torch.nn.Module:
@@ -125,7 +94,7 @@ def test_nothing_waits_for_the_device(
 
 @every_kind
 @both
-def test_extras_do_not_wait(kind: str, bidirectional: bool, no_kernels: None) -> None:
+def test_options_do_not_wait(kind: str, bidirectional: bool, no_kernels: None) -> None:
     options = {"zoneout": 0.1, "recurrent_dropout": 0.2, "learn_h0": True}
     options |= {"clip_recurrent_grad": 1.0, "bidirectional": bidirectional, "num_layers": 2}
     layer = build(kind, backend="triton", device="meta", **options)

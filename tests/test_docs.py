@@ -18,11 +18,17 @@ import pytest
 import torch
 
 import fused_rnn
-from fused_rnn import cells
+from fused_rnn.engines import cells
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-SOURCES = sorted([*ROOT.glob("fused_rnn/*.py"), *ROOT.glob("kernels/*.py")])
+OTHERS = {
+    "kernels",
+    "examples",
+    "check",
+}  # of the package: a link; commands, which say it themselves
+OURS = [p for p in ROOT.glob("fused_rnn/**/*.py") if not OTHERS & set(p.parts)]
+SOURCES = sorted([*OURS, *ROOT.glob("kernels/*.py")])
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fused_rnn.__path__, "fused_rnn."))
 COMPILED_ONLY = "<!-- compiled only -->\n"  # stands before a block that takes long
 
@@ -45,7 +51,11 @@ def test_docstrings(name: str) -> None:
 
 def test_the_layers_have_examples() -> None:
     finder = doctest.DocTestFinder()
-    for name in ("fused_rnn.layers", "fused_rnn.examples.minimal_gated_unit"):
+    for name in (
+        "fused_rnn.layers.rnn",
+        "fused_rnn.layers.lstm",
+        "fused_rnn.examples.minimal_gated_unit",
+    ):
         assert any(t.examples for t in finder.find(importlib.import_module(name))), name
 
 
@@ -65,13 +75,13 @@ def _as_it_was() -> Iterator[None]:
     """Take back what an example may set."""
     rnn = getattr(torch.backends.cudnn, "rnn", None)
     before = getattr(rnn, "fp32_precision", None)
-    known = set(cells.BY_NAME)
+    known = set(cells.CELLS)
     yield
     if before is not None:
         rnn.fp32_precision = before
-    for name in set(cells.BY_NAME) - known:
+    for name in set(cells.CELLS) - known:
         if name.startswith("my_"):
-            del cells.BY_NAME[name]
+            del cells.CELLS[name]
 
 
 @pytest.mark.usefixtures("_as_it_was")

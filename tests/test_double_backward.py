@@ -61,7 +61,7 @@ def test_penalty_through_onednn() -> None:
 def test_penalty_of_the_kernels(
     kind: str, recompute: bool, triton_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fused_rnn.triton_backend.rnn_precision", lambda: "ieee")
+    monkeypatch.setattr("fused_rnn.engines.triton.support.rnn_precision", lambda: "ieee")
     packed = recompute
     compare(kind, triton_device, torch.float32, packed, backend="triton", recompute=recompute)
 

@@ -11,8 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
-from fused_rnn import cpu, explain, native, native_stack, reference
+from fused_rnn import explain
+from fused_rnn.engines import native, reference
+from fused_rnn.engines.cpu import engine as cpu
 from fused_rnn.examples.minimal_gated_unit import FusedMGU
+from fused_rnn.layers import whole_stack
+from fused_rnn.tools.explain import Explanations
 
 T, B, I, H = 16, 2, 3, 4
 
@@ -33,7 +37,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     watch(cpu, "forward", "sweeps")
     watch(native, "run", "native")
-    watch(native_stack, "run", "native", whole=True)
+    watch(whole_stack, "call", "native", whole=True)
     watch(reference, "run", "loop")
     return names
 
@@ -119,7 +123,7 @@ def test_it_names_what_runs(kind: str, backend: Any, case: str, ran: list[str]) 
                 found = attempt(lambda one=one: explain(one, input, **call))  # type: ignore[misc]
                 assert ran == []
                 happened = attempt(lambda one=one: one(input, **call))  # type: ignore[misc]
-            if isinstance(found, fused_rnn.explain.__globals__["Explanations"]):
+            if isinstance(found, Explanations):
                 assert list(named(found)) == ran
                 assert [e.layer for e in found] == [0, 1]
             else:
@@ -133,14 +137,14 @@ def test_it_names_what_runs(kind: str, backend: Any, case: str, ran: list[str]) 
 def test_a_forced_backend_that_cannot_run_raises(kind: str, extra: str) -> None:
     _, ours, more = LAYERS[kind]
     layer = ours(I, H, **more, **{extra: 0.5}, backend="cpu")
-    text = r"backend='cpu' cannot run this layer: .* extras .*; select backend='auto' or 'eager'"
+    text = r"backend='cpu' cannot run this layer: .* options .*; select backend='auto' or 'eager'"
     for call in (layer, lambda x: explain(layer, x)):
         with pytest.raises(RuntimeError, match=text):
             call(x)
     layer.backend = "auto"
     (found,) = explain(layer, x)
     assert found.backend == "eager"
-    assert "extras" in found.reason
+    assert "options" in found.reason
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own use, in jvp
@@ -179,7 +183,7 @@ def test_states_that_want_a_gradient(ran: list[str]) -> None:
 def test_lengths_on_a_cpu() -> None:
     (found,) = explain(fused_rnn.FusedLSTM(I, H), x, lengths=torch.tensor([T, 1]))
     assert found.backend == "cpu"
-    assert found.reason.startswith("stretches as a packed batch, sweeps of PyTorch calls")
+    assert found.reason.startswith("segments as a packed batch, sweeps of PyTorch calls")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +209,7 @@ def test_packed_input_of_any_order() -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"zoneout": 0.5}, {"recurrent_dropout": 0.5}])
-def test_the_kernels_know_the_extras(extra: dict[str, float], triton_device: str) -> None:
+def test_the_kernels_know_the_options(extra: dict[str, float], triton_device: str) -> None:
     layer = fused_rnn.FusedLSTM(I, H, backend="triton", **extra).to(triton_device)
     call = {n: t.to(triton_device) for n, t in (RESET | lengths(3, 2)).items()}
     (found,) = explain(layer, x.to(triton_device), **call, return_cell_sequence=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_rnn import FusedGRU, FusedLSTM
-from fused_rnn.dispatch import Backend
+from fused_rnn.engines.dispatch import Backend
 
 T, B, I, H = 6, 2, 4, 6
 
@@ -128,7 +128,7 @@ def test_compiled_and_exported_layers(kind: str) -> None:
     assert counted(exported, batch()) == expected
 
 
-def test_extras() -> None:
+def test_options() -> None:
     """Those that the CPU runs step by step, and lengths, of which padding costs nothing."""
     zoned = FusedLSTM(I, H, zoneout=0.1, dtype=torch.float64)
     assert counted(zoned, batch()) == counted(FusedLSTM(I, H, dtype=torch.float64), batch())

@@ -22,7 +22,8 @@ from torch.func import (
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
-from fused_rnn import autograd, reference
+from fused_rnn.engines import reference
+from fused_rnn.ops import autograd
 
 # What jvp and linearize themselves warn of.
 pytestmark = pytest.mark.filterwarnings(
@@ -183,7 +184,7 @@ def test_the_engine_runs_first_order_gradients(monkeypatch: pytest.MonkeyPatch) 
     def fail(*args: Any) -> None:
         raise AssertionError("the eager loop ran")
 
-    monkeypatch.setattr(reference, "forward", fail)
+    monkeypatch.setattr(reference, "run", fail)
     case = Case(fused_rnn.FusedGRU(2, 3, bidirectional=True))
     for name in ("grad", "vmap", "vmap of vmap", "vmap, autograd outside", "grad of vmap"):
         TRANSFORMS[name](case)

@@ -176,7 +176,7 @@ def test_dropout_stays_in_a_trace_of_training() -> None:
     assert not torch.equal(found, traced(x)[0])
 
 
-EXTRAS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zoneout": ({"zoneout": 0.1}, {}),
     "recurrent_dropout": ({"recurrent_dropout": 0.1}, {}),
     "clip_recurrent_grad": ({"clip_recurrent_grad": 1.0}, {}),
@@ -198,9 +198,9 @@ class Call(nn.Module):
         return self.rnn(x, **self.keywords)
 
 
-@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_a_trace_refuses_what_torch_nn_lacks(name: str) -> None:
-    constructor, keywords = EXTRAS[name]
+    constructor, keywords = OPTIONS[name]
     model = Call(FusedLSTM(3, 5, **constructor), keywords)
     x = torch.randn(6, 4, 3)
     message = f"torch.jit.trace records torch.nn's layer, which has no {name}"
@@ -299,7 +299,7 @@ class Everything(nn.Module):
         return self.rnns[1](output, h, mask=mask), c, cells
 
 
-def test_fx_takes_states_and_extras() -> None:
+def test_fx_takes_states_and_options() -> None:
     model = Everything().eval()
     traced = fx.symbolic_trace(model)
     h, c = torch.randn(2, 1, 2, 5)

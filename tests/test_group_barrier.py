@@ -11,10 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from concurrent_interpreter import Hang, ProgramError, concurrent_grid
+from helpers import plan_request
 from triton.backends.compiler import GPUTarget
 
 from fused_rnn.kernels import group
-from fused_rnn.kernels.plan import LIMITS, make_plan
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.planner import make_plan
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
@@ -49,7 +51,7 @@ def put(values, i, value):
 
 def moves(s: State, p: Protocol) -> Iterator[State]:
     """All states that one program or its memory can make of `s`."""
-    members = len(s.programs)
+    programs = len(s.programs)
     for i, (step, action, seen) in enumerate(s.programs):
         for k, stored in enumerate(s.stores[i]):  # one store becomes visible, in any order
             slot = stored % p.slots
@@ -70,35 +72,35 @@ def moves(s: State, p: Protocol) -> Iterator[State]:
             yield s._replace(programs=then(step, "arrive", 0), stores=stores)
         elif action == "arrive" and not (p.release and s.stores[i]):
             count = s.counters[c] + 1
-            count = 0 if p.reset and count == members else count
+            count = 0 if p.reset and count == programs else count
             yield s._replace(
                 programs=then(step, "wait", 1 << i), counters=put(s.counters, c, count)
             )
         elif action == "wait":
-            target = 0 if p.reset else (step // p.counters + 1) * members
+            target = 0 if p.reset else (step // p.counters + 1) * programs
             if s.counters[c] == target:
                 yield s._replace(programs=then(step, "read", seen))
         elif action == "read":
-            for j in range(members):  # the loads are in any order, too
+            for j in range(programs):  # the loads are in any order, too
                 if not seen >> j & 1:
                     found = s.memory[j][step % p.slots]
                     if found != step:
                         late = "late" if found < step else "overwritten"
                         raise Violation(f"{late}: {i} reads step {found} of {j} in step {step}")
                     now = seen | 1 << j
-                    done = now == (1 << members) - 1
+                    done = now == (1 << programs) - 1
                     yield s._replace(
                         programs=then(step + 1, "write", 0) if done else then(step, "read", now)
                     )
 
 
-def explore(p: Protocol, members: int) -> int:
+def explore(p: Protocol, programs: int) -> int:
     """The number of states that can be reached; raises Violation if one of them is wrong."""
     start = State(
-        ((0, "write", 0),) * members,
+        ((0, "write", 0),) * programs,
         (0,) * p.counters,
-        ((-1,) * p.slots,) * members,
-        ((),) * members,
+        ((-1,) * p.slots,) * programs,
+        ((),) * programs,
     )
     known, todo = {start}, [start]
     while todo:
@@ -112,9 +114,9 @@ def explore(p: Protocol, members: int) -> int:
 
 
 @pytest.mark.parametrize("slots", [STEPS, 2], ids=["fresh", "double_buffered"])
-@pytest.mark.parametrize(("members", "states"), [(2, 100), (3, 1_000)])
-def test_protocol(members, states, slots):
-    assert explore(Protocol(slots=slots), members) > states
+@pytest.mark.parametrize(("programs", "states"), [(2, 100), (3, 1_000)])
+def test_protocol(programs, states, slots):
+    assert explore(Protocol(slots=slots), programs) > states
 
 
 WRONG_PROTOCOLS = {
@@ -125,75 +127,75 @@ WRONG_PROTOCOLS = {
 }
 
 
-@pytest.mark.parametrize("members", [2, 3])
+@pytest.mark.parametrize("programs", [2, 3])
 @pytest.mark.parametrize(("protocol", "why"), WRONG_PROTOCOLS.values(), ids=WRONG_PROTOCOLS)
-def test_wrong_protocol(protocol, why, members):
+def test_wrong_protocol(protocol, why, programs):
     with pytest.raises(Violation, match=why):
-        explore(protocol, members)
+        explore(protocol, programs)
 
 
 @triton.jit
 def exchange_kernel(
-    data,  # [SLOTS, groups, MEMBERS]
-    out,  # [groups, MEMBERS]
+    data,  # [SLOTS, groups, PROGRAMS]
+    out,  # [groups, PROGRAMS]
     counters,  # [groups, STRIDE]
     T: tl.constexpr,
-    MEMBERS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     SLOTS: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     ARRIVE: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """Each step makes a program's value from those of all members of its group."""
-    member, g = tl.program_id(0), tl.program_id(1)
+    """Each step makes a program's value from those of all programs of its group."""
+    program, g = tl.program_id(0), tl.program_id(1)
     counters += g * STRIDE
     at = tl.arange(0, BLOCK)
-    value = 10 * g + member
+    value = 10 * g + program
     for t in range(T):
-        row = data + (t % SLOTS * tl.num_programs(1) + g) * MEMBERS
-        tl.store(row + member, value)
+        row = data + (t % SLOTS * tl.num_programs(1) + g) * PROGRAMS
+        tl.store(row + program, value)
         ARRIVE(counters, t)
-        WAIT(counters, t, MEMBERS)
-        others = tl.load(row + at, mask=at < MEMBERS, other=0, cache_modifier=".cg")
+        WAIT(counters, t, PROGRAMS)
+        others = tl.load(row + at, mask=at < PROGRAMS, other=0, cache_modifier=".cg")
         value = (3 * value + tl.sum((at + 1) * others)) % 10007
-    tl.store(out + g * MEMBERS + member, value)
+    tl.store(out + g * PROGRAMS + program, value)
 
 
-def expected(members, groups, T):
-    value = 10 * torch.arange(groups)[:, None] + torch.arange(members)
+def expected(programs, groups, T):
+    value = 10 * torch.arange(groups)[:, None] + torch.arange(programs)
     for _ in range(T):
-        value = (3 * value + (value * torch.arange(1, members + 1)).sum(1, keepdim=True)) % 10007
+        value = (3 * value + (value * torch.arange(1, programs + 1)).sum(1, keepdim=True)) % 10007
     return value.int()
 
 
-def exchange(members, groups, T=4, seed=0, timeout=60.0, slots=None, arrive=None, wait=None):
+def exchange(programs, groups, T=4, seed=0, timeout=60.0, slots=None, arrive=None, wait=None):
     slots = slots or T
-    data = torch.full((slots, groups, members), -1, dtype=torch.int32)
-    out = torch.full((groups, members), -1, dtype=torch.int32)
+    data = torch.full((slots, groups, programs), -1, dtype=torch.int32)
+    out = torch.full((groups, programs), -1, dtype=torch.int32)
     counters = torch.zeros(groups, 2 * group.LINE.value, dtype=torch.int32)
     with concurrent_grid(seed, timeout):
-        exchange_kernel[(members, groups)](
+        exchange_kernel[(programs, groups)](
             data,
             out,
             counters,
             T,
-            members,
+            programs,
             slots,
             counters.shape[1],
-            triton.next_power_of_2(members),
+            triton.next_power_of_2(programs),
             arrive or group.arrive,
             wait or group.wait,
         )
     return out
 
 
-@pytest.mark.parametrize("members", range(2, 9))
-def test_exchange(members):
-    for seed in range(10 * members, 10 * members + 6):
+@pytest.mark.parametrize("programs", range(2, 9))
+def test_exchange(programs):
+    for seed in range(10 * programs, 10 * programs + 6):
         groups, slots = 1 + seed % 3, (None, 2)[seed % 2]
-        out = exchange(members, groups, seed=seed, slots=slots)
-        assert torch.equal(out, expected(members, groups, 4)), f"seed {seed}"
+        out = exchange(programs, groups, seed=seed, slots=slots)
+        assert torch.equal(out, expected(programs, groups, 4)), f"seed {seed}"
 
 
 @triton.jit
@@ -213,12 +215,12 @@ def arrive_at_one_counter(counters, step):
 
 
 @triton.jit
-def wait_at_one_counter(counters, step, members):
-    group.wait(counters, 0, (step + 1) * members)
+def wait_at_one_counter(counters, step, programs):
+    group.wait(counters, 0, (step + 1) * programs)
 
 
 @triton.jit
-def wait_for_nobody(counters, step, members):
+def wait_for_nobody(counters, step, programs):
     pass
 
 
@@ -348,5 +350,5 @@ def test_block_barriers_are_kept_where_nothing_is_known():
         assert group.needs_block_barriers.__wrapped__(target)
     assert group.needs_block_barriers(GPUTarget("hip", "gfx942", 64))
     assert group.compile_target(torch.device("cpu")) is None
-    plan = make_plan("lstm", 512, 2, 8, 1, LIMITS[90])
+    plan = make_plan(plan_request("lstm", 512, 2, 8, 1), LIMITS[90])
     assert group.sweep_constants(plan, 1, None)["BLOCK_BARRIER"]

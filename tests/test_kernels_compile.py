@@ -12,10 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from helpers import plan_request
 
 pytest.importorskip("triton")
 
-from fused_rnn.kernels.plan import LIMITS, SPECS, make_plan
+from fused_rnn.engines.cells import CELLS
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.planner import make_plan
 
 ROOT = Path(__file__).parents[1]
 # (kernel, cell, H) -> most instructions and barriers per warp and step; bf16, sm_80 and sm_90.
@@ -64,7 +67,8 @@ def check(row):
     limits = next(v for k, v in LIMITS.items() if str(k) == row["target"])
     itemsize = 4 if "32" in row["dtype"] else 2
     precision = "ieee" if row["dtype"] == "fp32" else "tf32"
-    plan = make_plan(row["cell"], row["hidden"], itemsize, 8, 1, limits, precision=precision)
+    request = plan_request(row["cell"], row["hidden"], itemsize, 8, 1, precision)
+    plan = make_plan(request, limits)
     what = " ".join(str(row[k]) for k in ("kernel", "cell", "dtype", "hidden", "target"))
     assert row["shared"] <= plan.shared <= limits.shared, f"{what}: {row['shared']} bytes of shared"
     assert row["registers"] <= limits.registers, what
@@ -78,7 +82,7 @@ def check(row):
     most = BUDGET.get((row["kernel"], row["cell"], row["hidden"]))
     if most and row["dtype"] == "bf16" and row["target"] in ("80", "90"):
         assert row["instr"] <= most[0], f"{what}: {row['instr']} instructions"
-        barriers = most[1] + (OWN_BARRIERS if row["members"] > 1 else 0)
+        barriers = most[1] + (OWN_BARRIERS if row["programs"] > 1 else 0)
         assert row["bar"] <= barriers, f"{what}: {row['bar']} barriers"
 
 
@@ -120,7 +124,7 @@ def test_groups_elsewhere(target, tmp_path):
     rows = static(tmp_path, *args, "--kernel", "forward", "reverse")
     assert len(rows) == 4
     for row in rows:
-        assert row["members"] > 1
+        assert row["programs"] > 1
         check(row)
 
 
@@ -165,15 +169,15 @@ def test_sizes_do_not_recompile():
 
 
 ORDERS = """
-from bench import static
+from bench import static, static_compile
 from fused_rnn.kernels import group
-from fused_rnn.kernels.plan import LIMITS
+from fused_rnn.kernels.chips import LIMITS
 for gpu in (80, 90):
     limits = LIMITS[gpu]
-    print(group.needs_block_barriers(static.gpu_target(limits)))
+    print(group.needs_block_barriers(static_compile.gpu_target(limits)))
     for H, kernel in ((256, "reverse"), (512, "inference"), (512, "forward"), (2048, "reverse")):
         plan = static.plan_for("lstm", H, "bf16", limits)
-        ptx = static.compile_sweep(kernel, "lstm", H, "bf16", limits, plan).asm["ptx"]
+        ptx = static_compile.compile_sweep(kernel, "lstm", H, "bf16", limits, plan).asm["ptx"]
         print(group.memory_order(ptx))
 """
 
@@ -192,42 +196,42 @@ def test_block_barriers():
             assert all("l" not in part.split("b")[0] for part in line.split("a")[1:]), line
 
 
-EXTRAS_SPILL = 32  # bytes: no plan reckons with what extras need
+OPTIONS_SPILL = 32  # bytes: no plan reckons with what options need
 
 
-def check_extras(rows):
-    """Without extras as ever; with them, still nothing of the weights is read again."""
+def check_options(rows):
+    """Without options as ever; with them, still nothing of the weights is read again."""
     for row in rows:
-        if row["extras"] == "none":
+        if row["options"] == "none":
             check(row)
         else:
             assert row["weights_shared"] == row["weights_global"] == 0, row
-            assert row["spill"] <= EXTRAS_SPILL, row
+            assert row["spill"] <= OPTIONS_SPILL, row
 
 
-def test_extras(tmp_path):
+def test_options(tmp_path):
     args = "--target", "90", "--cell", "lstm", "--hidden", "128", "--kernel", "forward", "reverse"
-    check_extras(static(tmp_path, *args, "--extras", "none", "all"))
+    check_options(static(tmp_path, *args, "--options", "none", "all"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
-def test_each_extra(cell, tmp_path):
+def test_each_option(cell, tmp_path):
     """In one program and in a group."""
     args = "--target", "80", "--cell", cell, "--hidden", "96", "512"
-    check_extras(static(tmp_path, *args, "--kernel", "forward", "reverse", "--extras"))
+    check_options(static(tmp_path, *args, "--kernel", "forward", "reverse", "--options"))
 
 
-CELLS, TARGETS = list(SPECS), [str(t) for t in LIMITS]
+NAMES, TARGETS = list(CELLS), [str(t) for t in LIMITS]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "cell"), [(t, CELLS[(i + j) % 4]) for i, t in enumerate(TARGETS) for j in (0, 2)]
+    ("target", "cell"), [(t, NAMES[(i + j) % 4]) for i, t in enumerate(TARGETS) for j in (0, 2)]
 )
 def test_turns(target, cell, tmp_path):
     """Cells, targets, dtypes and sizes, no powers of two among them, take turns."""
-    turn = list(SPECS).index(cell) + [str(t) for t in LIMITS].index(target)
+    turn = list(CELLS).index(cell) + [str(t) for t in LIMITS].index(target)
     hidden = ("16", "33", "64", "96", "128")[turn % 5]
     dtype = ("bf16", "fp16", "tf32", "fp32")[turn % 4]
     if "32" in dtype and int(hidden) > 64:

@@ -11,11 +11,13 @@ import torch
 import triton
 import triton.language as tl
 from concurrent_interpreter import Hang, concurrent_grid
+from helpers import plan_request
 from sweep_oracle import CELLS, Problem, check_sweeps, group_plan
 from triton.runtime import interpreter
 
-from fused_rnn.kernels import backward, forward, group
-from fused_rnn.kernels.plan import LIMITS, plans
+from fused_rnn.kernels import backward, forward, group, variants
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.planner import plans
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
@@ -37,7 +39,7 @@ def run(p: Problem, plan, seed=0, saves=(True,)):
     The seed decides in which order the programs run and in which their stores arrive. A hang is
     found at once: the timeout is for accidents.
     """
-    assert plan.members > 1
+    assert plan.programs > 1
     with concurrent_grid(seed, timeout=600):
         got, want = check_sweeps(p, plan, "ieee", use_c_seq=True, saves=saves)
     for name, x in got.items():
@@ -145,9 +147,8 @@ def test_many_units(H, name):
 
 def as_planned(p: Problem, target, precision="tf32"):
     """Plans of the planner with groups: the best, and the best with weights in another place."""
-    case = p.name, p.H, p.dtype.itemsize, p.rows.B, len(p.reverse)
-    found = plans(*case, LIMITS[target], precision=precision, fast=False)
-    groups = [plan for plan in found if plan.members > 1]
+    request = plan_request(p.name, p.H, p.dtype, p.layout.B, len(p.reverse), precision, fast=False)
+    groups = [plan for plan in plans(request, LIMITS[target]) if plan.programs > 1]
     return {plan.weights: plan for plan in reversed(groups)}.values()
 
 
@@ -200,13 +201,13 @@ def test_missing_program(monkeypatch):
     """Who waits for a program that does not exist is named, with the step."""
 
     def wrong(plan, *more):
-        return right(plan, *more) | {"MEMBERS": plan.members + 1}
+        return right(plan, *more) | {"PROGRAMS": plan.programs + 1}
 
-    right = forward.sweep_constants
+    right = variants.sweep_constants
     p = Problem("gru", torch.float16, 17, 1, 2)
     plan = group_plan(p)
-    monkeypatch.setattr(forward, "sweep_constants", wrong)
-    monkeypatch.setattr(forward, "VARIANTS", {})
+    monkeypatch.setattr(variants, "sweep_constants", wrong)
+    monkeypatch.setattr(variants, "VARIANTS", {})
     with pytest.raises(Hang) as error:
         run(p, plan)
     for program in range(2):
@@ -217,12 +218,12 @@ def test_unwritten_memory():
     """With a program less, nobody writes h and dh of its units: what is read then is poison."""
     p = Problem("lstm", torch.float16, 33, 3, 3)
     plan = group_plan(p)
-    with pytest.raises(AssertionError, match="error nan"):
-        run(p, replace(plan, members=2))
+    with pytest.raises(AssertionError, match="is not finite"):
+        run(p, replace(plan, programs=2))
 
 
 @triton.jit
-def wait_for_nobody(counters, step, members, BLOCK_BARRIER: tl.constexpr):
+def wait_for_nobody(counters, step, programs, BLOCK_BARRIER: tl.constexpr):
     tl.debug_barrier()
 
 

@@ -5,24 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
+from helpers import plan_request
 from sweep_oracle import CELLS, LENGTHS, Problem, check_sweeps
 
-from fused_rnn.kernels.plan import LIMITS, DoesNotFit, make_plan
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.plan import DoesNotFit
+from fused_rnn.kernels.planner import make_plan
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
 
 
 def run(p: Problem, target=80, use_c_seq=False):
-    plan = make_plan(
-        p.name,
-        p.H,
-        p.dtype.itemsize,
-        p.rows.B,
-        len(p.reverse),
-        replace(LIMITS[target], groups=False),
-        fast=False,
-    )
+    request = plan_request(p.name, p.H, p.dtype, p.layout.B, len(p.reverse), fast=False)
+    plan = make_plan(request, replace(LIMITS[target], groups=False))
     check_sweeps(p, plan, "ieee", use_c_seq)
 
 
@@ -43,7 +39,7 @@ def test_sizes(name, dtype, H):
     turn = HS.index(H) * 3 + DTYPES.index(dtype) + list(CELLS).index(name)
     B, T = BTS[turn % len(BTS)]
     try:
-        make_plan(name, H, dtype.itemsize, B, 1, replace(LIMITS[80], groups=False))
+        make_plan(plan_request(name, H, dtype, B), replace(LIMITS[80], groups=False))
     except DoesNotFit:
         pytest.skip("beyond one program's registers")
     run(Problem(name, dtype, H, B, T, reverse=(turn % 2 == 1,)))
@@ -65,5 +61,5 @@ def test_bidirectional(name, dtype):
 @pytest.mark.parametrize("name", CELLS)
 def test_batched_dot(name):
     """The form of the product that sm_90 and sm_100 take with 16-bit weights."""
-    assert make_plan(name, 40, 2, 9, 1, LIMITS[90]).m_split > 1
+    assert make_plan(plan_request(name, 40, 2, 9), LIMITS[90]).m_split > 1
     run(Problem(name, torch.float16, 40, 9, 3), target=90)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import plan_request
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 from triton.compiler.errors import CompilationError
@@ -18,9 +19,13 @@ from triton.runtime.errors import OutOfResources
 
 import fused_rnn
 from bench.host import IdleKernel, idle_gpu
-from fused_rnn import devices, tuning
-from fused_rnn.kernels import backward, forward, launch, pack
-from fused_rnn.kernels.plan import LIMITS, MOST_TILES, Limits, Plan, make_plan
+from fused_rnn.engines import cells
+from fused_rnn.engines.triton import devices, plans
+from fused_rnn.kernels import launch, pack, variants
+from fused_rnn.kernels.chips import LIMITS, Limits
+from fused_rnn.kernels.plan import MOST_TILES, Plan
+from fused_rnn.kernels.planner import make_plan
+from fused_rnn.kernels.sweep import DeviceLayout, Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
@@ -57,8 +62,8 @@ def test_nothing_is_compiled_for_another_size(
 ) -> None:
     layer = LAYERS[kind](5, H, 2, bidirectional=bidirectional, backend="triton")
     spec = {"tanh": "rnn_tanh"}.get(kind, kind)
-    plan = make_plan(spec, H, 4, 4, 2 if bidirectional else 1, LIMITS[90])
-    with tuning.forced(lambda *_: plan):  # a batch of another size may have another plan
+    plan = make_plan(plan_request(spec, H, 4, 4, 2 if bidirectional else 1), LIMITS[90])
+    with plans.forced(lambda *_: plan):  # a batch of another size may have another plan
         train(layer, torch.randn(4, 3, 5))
         assert new_kernels(kernels) > 0
         for T, B in ((4, 3), (1, 3), (7, 1), (2, 2), (3, 7), (3, 8), (3, 9), (5, 17), (2, 64)):
@@ -78,8 +83,8 @@ def test_nothing_is_compiled_for_another_size(
 def test_triton_looks_at_no_alignment_that_changes() -> None:
     """Of what is cut out of a stack's states, or comes from a user; sizes: test_kernels_compile."""
     code = """if True:
-        from fused_rnn.kernels import backward, forward, launch
-        for kernel in (forward.forward_kernel, backward.backward_kernel):
+        from fused_rnn.kernels import launch, variants
+        for kernel in (variants.forward_kernel, variants.backward_kernel):
             anywhere = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
             assert anywhere == launch.ANY_ALIGNMENT & set(kernel.arg_names), anywhere
     """
@@ -148,6 +153,14 @@ def test_kernels_get_rows_one_behind_the_other(kernels: dict[str, IdleKernel]) -
             assert [n for n, t in tensors.items() if not t.is_contiguous()] == [], name
 
 
+def an_rnn() -> tuple[Plan, launch.Variant]:
+    """A plan, and the forward sweep under it."""
+    plan = make_plan(plan_request("rnn_tanh", 8, 4, 1), LIMITS[90])
+    layout = DeviceLayout(1, 1, 1)
+    sweep = Sweep(cells.RNN_TANH.kernels, layout, (False,), "tf32", plan)
+    return plan, variants.forward_variant(sweep, 8, False, None)
+
+
 def test_numbers_of_another_type(kernels: dict[str, IdleKernel]) -> None:
     """Triton would make a constant of an integer 1, and other integers of a whole number."""
     x = torch.randn(4, 3, 5)
@@ -160,24 +173,24 @@ def test_numbers_of_another_type(kernels: dict[str, IdleKernel]) -> None:
         (*_, last) = kernels["backward_kernel"].direct
         value = last[kernels["backward_kernel"].arg_names.index("clip")]
         assert (type(value), value) == (float, 7)
-    plan = make_plan("rnn_tanh", 8, 4, 1, 1, LIMITS[90])
-    variant = forward.variant(plan, "rnn_tanh", 1, 8, False, "tf32")
+    plan, variant = an_rnn()
     kernel = kernels["forward_kernel"]
     tensors, names = dict.fromkeys(kernel.arg_names[:19]), kernel.arg_names[19:27]
     for zoneout, count in ((None, 1), (0.5, 2), (1, 3), (0.25, 3), (None, 3)):
         numbers = dict.fromkeys(names, 1) | {"zoneout": zoneout}
-        launch.launch(variant, plan, 1, torch.device("cpu"), dict(tensors), numbers)
+        what = launch.Launch(variant, plan, 1, torch.device("cpu"), dict(tensors), numbers)
+        launch.launch(what)
         assert len(kernel.found) == count
 
 
 def test_rows_beyond_32_bits(kernels: dict[str, IdleKernel]) -> None:
-    plan = make_plan("rnn_tanh", 8, 4, 1, 1, LIMITS[90])
-    variant = forward.variant(plan, "rnn_tanh", 1, 8, False, "tf32")
+    plan, variant = an_rnn()
     tensors = dict.fromkeys(kernels["forward_kernel"].arg_names[:19])
     names = kernels["forward_kernel"].arg_names[19:27]
     for N, found in ((100, 1), (100, 1), (2**31, 2), (100, 2), (2**31, 2)):
         numbers = dict.fromkeys(names, 1) | {"N": N, "zoneout": None}
-        launch.launch(variant, plan, 1, torch.device("cpu"), dict(tensors), numbers)
+        what = launch.Launch(variant, plan, 1, torch.device("cpu"), dict(tensors), numbers)
+        launch.launch(what)
         assert len(kernels["forward_kernel"].found) == found
 
 
@@ -188,11 +201,12 @@ def test_a_cell_that_changes_is_launched_anew(
     x = torch.randn(4, 3, 5)
     train(layer, x)
     new_kernels(kernels)
-    other = forward.STEPS["rnn_relu"]
-    monkeypatch.setitem(forward.STEPS, "rnn_tanh", other)
+    cell = cells.RNN_TANH.kernels
+    changed = cell.functions()._replace(step=cells.RNN_RELU.kernels.functions().step)
+    monkeypatch.setitem(vars(cell), "functions", lambda: changed)
     train(layer, x)
     (arguments,) = kernels["forward_kernel"].found
-    assert arguments["STEP"] is other
+    assert arguments["STEP"] is changed.step
 
 
 # ---- many batch tiles ---------------------------------------------------------------------------
@@ -200,8 +214,8 @@ def test_a_cell_that_changes_is_launched_anew(
 
 @pytest.mark.parametrize("B", [524_280, 524_281, 1_600_000])
 def test_more_tiles_than_a_grid_has(B: int) -> None:
-    plan = make_plan("lstm", 8, 4, 1, 1, LIMITS[90])
-    assert (plan.members, plan.tiles, plan.block_b) == (1, 0, 8)
+    plan = make_plan(plan_request("lstm", 8, 4, 1, 1), LIMITS[90])
+    assert (plan.programs, plan.tiles, plan.block_b) == (1, 0, 8)
     launches = list(plan.launches(B, 1))
     assert all(0 < tiles <= MOST_TILES for _, tiles, _, _ in launches)
     covered = [t for tile, tiles, _, _ in launches for t in range(tile, tile + tiles)]
@@ -237,13 +251,13 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
 
     def device_limits(device: torch.device) -> Limits:
-        return replace(LIMITS[90], programs=devices._refused.get(device))
+        return replace(LIMITS[90], most_programs=devices._refused.get(device))
 
     device_limits.cache_clear = lambda: None  # type: ignore[attr-defined]
     monkeypatch.setattr(devices, "kernel_device", lambda _: gpu)
     monkeypatch.setattr(devices, "device_limits", device_limits)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A GPU")
-    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(plans, "_chosen", {})
     monkeypatch.setattr(pack, "launch_once", lambda *_: None)
 
 
@@ -253,11 +267,11 @@ def test_a_refused_group_is_planned_anew(limits: None, monkeypatch: pytest.Monke
     x = torch.randn(3, 64, 8, dtype=torch.bfloat16)
     before = fused_rnn.explain(layer, x)[0].reason
     failing = [
-        FailingKernel(forward.forward_kernel, 40),
-        FailingKernel(backward.backward_kernel, 40),
+        FailingKernel(variants.forward_kernel, 40),
+        FailingKernel(variants.backward_kernel, 40),
     ]
-    monkeypatch.setattr(forward, "forward_kernel", failing[0])
-    monkeypatch.setattr(backward, "backward_kernel", failing[1])
+    monkeypatch.setattr(variants, "forward_kernel", failing[0])
+    monkeypatch.setattr(variants, "backward_kernel", failing[1])
     with pytest.warns(UserWarning, match="refused a cooperative launch") as caught:
         output = layer(x)[0]
     assert len(caught) == 1
@@ -278,16 +292,16 @@ def test_a_refusal_takes_back_no_other(limits: None) -> None:
     with pytest.warns(UserWarning, match="refused a cooperative launch"):
         devices.limit_programs(gpu, 4)
     devices.limit_programs(gpu, 16)
-    assert devices.device_limits(gpu).programs == 4
+    assert devices.device_limits(gpu).most_programs == 4
     devices.limit_programs(gpu, 2)
-    assert devices.device_limits(gpu).programs == 2
+    assert devices.device_limits(gpu).most_programs == 2
 
 
 def test_no_groups_at_all(limits: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """If not even two programs may wait for each other: an error, and no plan from then on."""
     layer = fused_rnn.FusedLSTM(8, 512, dtype=torch.bfloat16, backend="triton")
     x = torch.randn(3, 4, 8, dtype=torch.bfloat16)
-    monkeypatch.setattr(forward, "forward_kernel", FailingKernel(forward.forward_kernel, 0))
+    monkeypatch.setattr(variants, "forward_kernel", FailingKernel(variants.forward_kernel, 0))
     with (
         pytest.warns(UserWarning, match="refused a cooperative launch"),
         pytest.raises(RuntimeError, match="and no plan has fewer programs: lstm with H = 512"),
@@ -300,28 +314,28 @@ def test_no_groups_at_all(limits: None, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_small_group_falls_to_one_program(limits: None, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = fused_rnn.FusedLSTM(8, 64, dtype=torch.bfloat16, backend="triton")
     x = torch.randn(3, 4, 8, dtype=torch.bfloat16)
-    request = tuning.Request("lstm", 64, torch.bfloat16, 4, 1, "ieee")
-    group = next(p for p in tuning.planned(request, LIMITS[90]) if p.members > 1)
-    kernel = FailingKernel(forward.forward_kernel, 1)
-    monkeypatch.setattr(forward, "forward_kernel", kernel)
-    choose = tuning.choose_plan
+    request = plan_request("lstm", 64, torch.bfloat16, 4, 1, "ieee")
+    group = next(p for p in plans.planned(request, LIMITS[90]) if p.programs > 1)
+    kernel = FailingKernel(variants.forward_kernel, 1)
+    monkeypatch.setattr(variants, "forward_kernel", kernel)
+    choose = plans.choose_plan
 
     def chosen(request: Any, limits: Limits, device: torch.device) -> Plan:
-        return group if limits.programs is None else choose(request, limits, device)
+        return group if limits.most_programs is None else choose(request, limits, device)
 
-    monkeypatch.setattr("fused_rnn.triton_backend.choose_plan", chosen)
+    monkeypatch.setattr("fused_rnn.engines.triton.support.choose_plan", chosen)
     with pytest.warns(UserWarning, match="refused a cooperative launch"), torch.no_grad():
         layer(x)
-    assert [grid[0] for grid in kernel.grids] == [group.members, 1]
+    assert [grid[0] for grid in kernel.grids] == [group.programs, 1]
 
 
 def test_a_forced_plan_is_not_replaced(limits: None, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = fused_rnn.FusedLSTM(8, 512, dtype=torch.bfloat16, backend="triton")
-    request = tuning.Request("lstm", 512, torch.bfloat16, 4, 1, "ieee")
-    plan = tuning.planned(request, LIMITS[90])[0]
-    monkeypatch.setattr(forward, "forward_kernel", FailingKernel(forward.forward_kernel, 8))
+    request = plan_request("lstm", 512, torch.bfloat16, 4, 1, "ieee")
+    plan = plans.planned(request, LIMITS[90])[0]
+    monkeypatch.setattr(variants, "forward_kernel", FailingKernel(variants.forward_kernel, 8))
     with (
-        tuning.forced(lambda *_: plan),
+        plans.forced(lambda *_: plan),
         pytest.warns(UserWarning, match="refused"),
         pytest.raises(RuntimeError, match="too many blocks in cooperative launch"),
     ):
@@ -340,7 +354,9 @@ def test_a_forced_plan_is_not_replaced(limits: None, monkeypatch: pytest.MonkeyP
 def test_an_error_names_the_plan(
     error: Exception, kernels: dict[str, IdleKernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "forward_kernel", FailingKernel(forward.forward_kernel, 0, error))
+    monkeypatch.setattr(
+        variants, "forward_kernel", FailingKernel(variants.forward_kernel, 0, error)
+    )
     layer = fused_rnn.FusedLSTM(5, 8, backend="triton")
     with pytest.raises(RuntimeError, match="a sweep failed, planned as persistent: 16 units x 8"):
         layer(torch.randn(4, 3, 5))

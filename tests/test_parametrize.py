@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import fused_rnn
 from fused_rnn import FusedGRU, FusedLSTM
-from fused_rnn.dispatch import Backend
+from fused_rnn.engines.dispatch import Backend
 
 WEIGHTS = ["weight_ih_l0", "weight_hh_l0"]
 
@@ -109,7 +109,7 @@ def test_strided_parameters_of_the_kernels(
     kind: str, recompute: bool, triton_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Columns of a larger tensor, as of a network that computes weights."""
-    monkeypatch.setattr("fused_rnn.triton_backend.rnn_precision", lambda: "ieee")
+    monkeypatch.setattr("fused_rnn.engines.triton.support.rnn_precision", lambda: "ieee")
     plain, fused = twins(kind, 3, 5, backend="triton", recompute=recompute)
     fused.to(triton_device)
     for name, parameter in list(fused.named_parameters()):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch.testing._internal.common_modules import module_db
 
 import fused_rnn
-from fused_rnn.dispatch import Backend
+from fused_rnn.engines.dispatch import Backend
 
 # Small odd sizes reach every edge; 64 and 33 are a full and a ragged vector register.
 SIZES = [(1, 1, 1, 2), (2, 3, 5, 7), (9, 17, 3, 33), (9, 3, 4, 64)]  # T, B, I, H

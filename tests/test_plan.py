@@ -7,25 +7,20 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from helpers import plan_request
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fused_rnn.kernels.plan import (
-    LIMITS,
-    MOST_CHUNKS,
-    MOST_WORK,
-    SPECS,
-    DoesNotFit,
-    Plan,
-    make_plan,
-    plans,
-)
+from fused_rnn.engines.cells import CELLS
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.plan import DoesNotFit, Plan
+from fused_rnn.kernels.planner import MOST_CHUNKS, MOST_WORK, make_plan, plans
 
 PRECISIONS = {"bf16": (2, "tf32"), "tf32": (4, "tf32"), "fp32": (4, "ieee")}
 GROUPS = {str(t): limits for t, limits in LIMITS.items() if limits.groups}
 K = 1024
 
-cells = st.sampled_from(list(SPECS))
+cells = st.sampled_from(list(CELLS))
 dtypes = st.sampled_from(list(PRECISIONS))
 # Half of them within one program, and many beside a multiple of a tile.
 sizes = st.one_of(
@@ -37,7 +32,7 @@ sizes = st.one_of(
 
 def all_plans(cell, dtype, H, B, D, limits, fast=True):
     itemsize, precision = PRECISIONS[dtype]
-    return plans(cell, H, itemsize, B, D, limits, precision=precision, fast=fast)
+    return plans(plan_request(cell, H, itemsize, B, D, precision, fast), limits)
 
 
 def power_of_two(n):
@@ -45,20 +40,22 @@ def power_of_two(n):
 
 
 def check(plan, cell, dtype, H, B, D, limits):
-    gates, itemsize = SPECS[cell].gates, PRECISIONS[dtype][0]
+    gates, itemsize = CELLS[cell].kernels.gates, PRECISIONS[dtype][0]
 
     # Tiles are what Triton can have, and cover every unit once.
     tiles = plan.block_h, plan.block_k, plan.block_b, plan.warps, plan.k_split, plan.m_split
     assert all(map(power_of_two, tiles))
-    assert (plan.members - 1) * plan.block_h < H <= plan.members * plan.block_h
+    assert (plan.programs - 1) * plan.block_h < H <= plan.programs * plan.block_h
     count = -(-H // plan.block_k)
     assert 0 <= plan.chunks <= count
-    assert (plan.regime == "persistent") == (plan.members == 1)
+    assert (plan.regime == "persistent") == (plan.programs == 1)
     assert (plan.regime == "streamed") == (plan.weights == "L2")
     if plan.regime == "persistent":
         assert plan.block_k == plan.block_h
     else:
-        assert plan.work == pytest.approx(plan.members * plan.block_h * count * plan.block_k / H**2)
+        assert plan.work == pytest.approx(
+            plan.programs * plan.block_h * count * plan.block_k / H**2
+        )
     if plan.regime == "cooperative":
         assert count <= MOST_CHUNKS
         where = {0: "shared", count: "registers"}.get(plan.chunks, "registers and shared")
@@ -67,7 +64,7 @@ def check(plan, cell, dtype, H, B, D, limits):
     # Each warp has a slice of a batched dot; mma takes 16 columns or rows of it at least. Plain
     # multiply-adds are cut for the sake of registers.
     split = plan.k_split * plan.m_split
-    assert split in (1, plan.warps) or (dtype == "fp32" and plan.members == 1)
+    assert split in (1, plan.warps) or (dtype == "fp32" and plan.programs == 1)
     assert plan.block_k // split >= 16 or split == 1
     assert plan.block_h % plan.m_split == 0
 
@@ -89,12 +86,12 @@ def check(plan, cell, dtype, H, B, D, limits):
         (t0 + t, d0 + d) for t0, n, d0, m in launches for t in range(n) for d in range(m)
     )
     assert done == todo
-    if plan.members > 1:
+    if plan.programs > 1:
         by_registers = 65536 // (256 * 32 * plan.warps)  # as if each thread had 256
         by_shared = limits.sm_shared // (plan.shared + K)  # the system takes 1 KiB of each
         room = limits.sms * min(by_registers, by_shared)
-        assert plan.tiles * plan.directions * plan.members <= room
-        assert all(plan.members * n * m <= room for _, n, _, m in launches)
+        assert plan.tiles * plan.directions * plan.programs <= room
+        assert all(plan.programs * n * m <= room for _, n, _, m in launches)
 
 
 @settings(max_examples=400)
@@ -111,11 +108,12 @@ def test_every_plan(cell, dtype, H, B, D, target):
         check(plan, *case)
     assert [plan.step_us for plan in found] == sorted(plan.step_us for plan in found)
     itemsize, precision = PRECISIONS[dtype]
-    assert make_plan(cell, H, itemsize, B, D, GROUPS[target], precision=precision) == found[0]
+    request = plan_request(cell, H, itemsize, B, D, precision)
+    assert make_plan(request, GROUPS[target]) == found[0]
     assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize("cell", SPECS)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_padding(cell, dtype):
     """A group multiplies few zeros: not more than MOST_WORK, or than the smallest tiles do."""
@@ -123,12 +121,12 @@ def test_padding(cell, dtype):
         for target in ("86", "90"):
             plan = all_plans(cell, dtype, H, 8, 1, GROUPS[target])[0]
             least = -(-H // 16) * 16 * -(-H // 32) * 32 / H**2
-            if plan.members > 1:
+            if plan.programs > 1:
                 assert plan.work <= max(MOST_WORK, least), f"H = {H} on {target}: {plan}"
 
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=lambda limits: str(limits.target))
-@pytest.mark.parametrize("cell", SPECS)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_one_program(cell, dtype, limits):
     """Without groups, all sizes up to a largest one fit, and beyond it there is a reason."""
@@ -178,7 +176,7 @@ PLAN = Plan(
     warps=4,
     k_split=4,
     m_split=1,
-    members=32,
+    programs=32,
     tiles=4,
     directions=1,
     chunks=4,
@@ -195,7 +193,7 @@ def test_text():
     text = "cooperative: 16 units x 8 sequences in 4 warps, weights in registers"
     text += ", groups of 32 programs, up to 4 batch tiles a launch"
     assert str(PLAN) == text
-    one = replace(PLAN, regime="persistent", block_h=128, warps=8, members=1, tiles=0)
+    one = replace(PLAN, regime="persistent", block_h=128, warps=8, programs=1, tiles=0)
     assert str(one) == "persistent: 128 units x 8 sequences in 8 warps, weights in registers"
 
 
@@ -226,6 +224,6 @@ MEASURED = {
 
 @pytest.mark.parametrize(("cell", "H", "B"), MEASURED)
 def test_guesses_for_groups_are_near_what_was_measured(cell, H, B):
-    plan = make_plan(cell, H, 2, B, 1, LIMITS[90])
+    plan = make_plan(plan_request(cell, H, 2, B), LIMITS[90])
     assert plan.weights == "registers"
     assert plan.step_us == pytest.approx(MEASURED[cell, H, B], rel=0.11)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
-from fused_rnn.rows import Rows
+from fused_rnn.spec.batch import BatchLayout
 
 lengths = st.lists(st.integers(1, 6), min_size=1, max_size=12).map(lambda n: sorted(n)[::-1])
 
@@ -13,7 +13,7 @@ lengths = st.lists(st.integers(1, 6), min_size=1, max_size=12).map(lambda n: sor
 @given(lengths=lengths, reverse=st.booleans())
 def test_previous_and_last(lengths: list[int], reverse: bool) -> None:
     packed = pack_sequence([torch.zeros(n) for n in lengths])
-    rows = Rows.packed(packed.batch_sizes)
+    rows = BatchLayout.packed(packed.batch_sizes)
     assert (lengths[0], len(lengths), sum(lengths)) == (rows.T, rows.B, rows.N)
     first = [0, *packed.batch_sizes.cumsum(0).tolist()]
     state = torch.arange(1.0, rows.N + 1)[:, None]

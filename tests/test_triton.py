@@ -19,8 +19,9 @@ from helpers import (
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn import fuse, precision
-from fused_rnn.kernels.plan import LIMITS
+from fused_rnn import fuse
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.spec import precision
 
 KINDS = ["tanh", "relu", "gru", "lstm"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -81,7 +82,7 @@ def _double(tensors: tuple[Tensor, ...]) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_rnn.triton_backend.rnn_precision", lambda: "ieee")
+    monkeypatch.setattr("fused_rnn.engines.triton.support.rnn_precision", lambda: "ieee")
 
 
 @every_kind
@@ -229,7 +230,7 @@ def test_precision_follows_the_switch_of_nn_lstm(monkeypatch: pytest.MonkeyPatch
 def test_groups_through_the_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More units than one program holds: all gradients, with the programs run concurrently."""
     limits = dataclasses.replace(LIMITS[80], groups=True)
-    monkeypatch.setattr("fused_rnn.devices.device_limits", lambda device: limits)
+    monkeypatch.setattr("fused_rnn.engines.triton.devices.device_limits", lambda device: limits)
     with concurrent_grid(timeout=600):  # a hang is found at once, this is for accidents
         compare(kind, "cpu", T=2, B=2, I=3, H=130, dtype=torch.float32)
 

@@ -7,18 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import plan_request
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_rnn
-from fused_rnn import measured, tuning
-from fused_rnn.kernels.plan import LIMITS, DoesNotFit, Plan
+from fused_rnn.engines import measured
+from fused_rnn.engines.cells import GRU
+from fused_rnn.engines.triton import plans
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.plan import DoesNotFit, Plan, PlanRequest
 
 CUDA = torch.device("cuda")
-REQUEST = tuning.Request("lstm", 512, torch.bfloat16, 16, 1, "tf32")
-GUESSES = tuning.planned(REQUEST, LIMITS[90])
+REQUEST = plan_request("lstm", 512, torch.bfloat16, 16)
+GUESSES = plans.planned(REQUEST, LIMITS[90])
 
 
-def second_is_best(plan: Plan, request: tuning.Request, device: torch.device) -> float:
+def second_is_best(plan: Plan, request: PlanRequest, device: torch.device) -> float:
     return 1.0 if plan == GUESSES[1] else 2.0
 
 
@@ -30,14 +34,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A GPU")
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(measured, "plans", measured.Store("plans.json"))
-    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(plans, "_chosen", {})
     return tmp_path / "cache"
 
 
 def test_the_winner_is_remembered(cache: Path) -> None:
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
-    assert tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best) == GUESSES[1]
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    assert plans.measure(REQUEST, LIMITS[90], CUDA, second_is_best) == GUESSES[1]
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
     (key,) = json.loads((cache / "plans.json").read_text())
     assert key.startswith("lstm H=512 bfloat16 tf32 D=1 B<=16 A-GPU triton-")
 
@@ -45,30 +49,30 @@ def test_the_winner_is_remembered(cache: Path) -> None:
 def test_the_best_guesses_are_timed() -> None:
     timed: list[Plan] = []
 
-    def timer(plan: Plan, request: tuning.Request, device: torch.device) -> float:
+    def timer(plan: Plan, request: PlanRequest, device: torch.device) -> float:
         timed.append(plan)
         return 0.0
 
-    tuning.measure(REQUEST, LIMITS[90], CUDA, timer)
-    assert timed == list(GUESSES[: tuning.CANDIDATES])
+    plans.measure(REQUEST, LIMITS[90], CUDA, timer)
+    assert timed == list(GUESSES[: plans.CANDIDATES])
 
 
 def test_a_plan_that_fails_is_out() -> None:
-    def timer(plan: Plan, request: tuning.Request, device: torch.device) -> float:
+    def timer(plan: Plan, request: PlanRequest, device: torch.device) -> float:
         if plan == GUESSES[0]:
             raise RuntimeError("a sweep failed, planned as the first")
         return second_is_best(plan, request, device)
 
     with pytest.warns(UserWarning, match="could not be timed: a sweep failed, planned as the fir"):
-        assert tuning.measure(REQUEST, LIMITS[90], CUDA, timer) == GUESSES[1]
+        assert plans.measure(REQUEST, LIMITS[90], CUDA, timer) == GUESSES[1]
 
 
 def test_all_plans_fail(cache: Path) -> None:
-    def timer(plan: Plan, request: tuning.Request, device: torch.device) -> float:
+    def timer(plan: Plan, request: PlanRequest, device: torch.device) -> float:
         raise RuntimeError("no luck")
 
     with pytest.raises(RuntimeError, match="no plan could be timed: no luck; no luck"):
-        tuning.measure(REQUEST, LIMITS[90], CUDA, timer)
+        plans.measure(REQUEST, LIMITS[90], CUDA, timer)
     assert not cache.exists()
 
 
@@ -76,13 +80,13 @@ def test_another_process_is_heard(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     """What it writes counts a second later, and not before: a look takes longer than a call."""
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
     cache.mkdir(parents=True)
-    second = {REQUEST.key(CUDA): tuning._marks(GUESSES[1])}
+    second = {plans.key(REQUEST, CUDA): plans._marks(GUESSES[1])}
     (cache / "plans.json").write_text(json.dumps(second))
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
     now += 2 * measured.SECONDS
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"null", b"\xff", None])
@@ -94,12 +98,12 @@ def test_a_broken_file_counts_for_nothing(cache: Path, text: bytes | None) -> No
     else:
         (cache / "plans.json").write_bytes(text)
     with pytest.warns(UserWarning, match=r"plans\.json, what was measured on this GPU, cannot be "):
-        assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+        assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
     measured.plans.forget()
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
     if text is not None:
-        assert tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best) == GUESSES[1]
-        assert json.loads((cache / "plans.json").read_text()).keys() == {REQUEST.key(CUDA)}
+        assert plans.measure(REQUEST, LIMITS[90], CUDA, second_is_best) == GUESSES[1]
+        assert json.loads((cache / "plans.json").read_text()).keys() == {plans.key(REQUEST, CUDA)}
 
 
 def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +114,10 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("FUSED_RNN_CACHE")
     monkeypatch.setattr(Path, "home", home)
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
     with pytest.raises(OSError, match="FUSED_RNN_CACHE can name a folder"):
-        tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+        plans.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
 
 
 def test_a_folder_that_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,17 +125,17 @@ def test_a_folder_that_cannot_be_written(cache: Path, monkeypatch: pytest.Monkey
     cache.write_text("a file in the folder's place")
     other = REQUEST._replace(H=256)
     with pytest.warns(UserWarning, match="cannot be read"):
-        assert tuning.choose_plan(other, LIMITS[90], CUDA) == tuning.planned(other, LIMITS[90])[0]
+        assert plans.choose_plan(other, LIMITS[90], CUDA) == plans.planned(other, LIMITS[90])[0]
     with pytest.raises(FileExistsError):
-        tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "time_sweeps", lambda plan, *_: float(plan.block_b))
+        plans.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+    monkeypatch.setattr(plans, "_chosen", {})
+    monkeypatch.setattr(plans, "time_sweeps", lambda plan, *_: float(plan.block_b))
     monkeypatch.setenv("FUSED_RNN_TUNE", "1")
     with pytest.warns(UserWarning, match="A plan was timed, but cannot be remembered"):
-        tuning.choose_plan(other, LIMITS[90], CUDA)
+        plans.choose_plan(other, LIMITS[90], CUDA)
     measured.plans.forget()
-    tuning.choose_plan(other, LIMITS[90], CUDA)  # warns no second time: pytest makes it an error
+    plans.choose_plan(other, LIMITS[90], CUDA)  # warns no second time: pytest makes it an error
 
 
 def test_many_writers(cache: Path) -> None:
@@ -148,58 +152,58 @@ def test_many_writers(cache: Path) -> None:
     [
         ({"B": 9}, True),  # a class of batch sizes is shared
         ({"B": 17}, False),
-        ({"cell": "gru"}, False),
+        ({"cell": GRU.kernels}, False),
         ({"H": 511}, False),
         ({"dtype": torch.float16}, False),
         ({"D": 2}, False),
     ],
 )
 def test_what_it_holds_for(change: dict[str, Any], known: bool) -> None:
-    tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
+    plans.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
     other = REQUEST._replace(**change)
-    guesses = tuning.planned(other, LIMITS[90])
-    chosen = tuning.choose_plan(other, LIMITS[90], CUDA)
+    guesses = plans.planned(other, LIMITS[90])
+    chosen = plans.choose_plan(other, LIMITS[90], CUDA)
     assert (chosen != guesses[0]) is known
 
 
 def test_not_on_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
+    plans.measure(REQUEST, LIMITS[90], CUDA, second_is_best)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Another GPU")
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
 
 
 def test_the_environment_asks_for_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Plan] = []
 
-    def timer(plan: Plan, request: tuning.Request, device: torch.device) -> float:
+    def timer(plan: Plan, request: PlanRequest, device: torch.device) -> float:
         calls.append(plan)
         return second_is_best(plan, request, device)
 
-    monkeypatch.setattr(tuning, "time_sweeps", timer)
+    monkeypatch.setattr(plans, "time_sweeps", timer)
     monkeypatch.setenv("FUSED_RNN_TUNE", "1")
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
     count = len(calls)
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[1]
     assert len(calls) == count
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "time_sweeps", None)  # to call it would raise
+    monkeypatch.setattr(plans, "time_sweeps", None)  # to call it would raise
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
     monkeypatch.setenv("FUSED_RNN_TUNE", "1")
-    assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+    assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
 
 
 def test_nothing_is_timed_while_a_tracer_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "time_sweeps", None)  # to call it would raise
+    monkeypatch.setattr(plans, "time_sweeps", None)  # to call it would raise
     monkeypatch.setenv("FUSED_RNN_TUNE", "1")
     with FakeTensorMode():
-        assert tuning.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
+        assert plans.choose_plan(REQUEST, LIMITS[90], CUDA) == GUESSES[0]
 
 
 def test_no_plan() -> None:
     with pytest.raises(DoesNotFit, match="a group of programs cannot run here"):
-        tuning.choose_plan(REQUEST, LIMITS["gfx942"], CUDA)
+        plans.choose_plan(REQUEST, LIMITS["gfx942"], CUDA)
 
 
 def test_refuses() -> None:

@@ -21,10 +21,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rnn import cells, triton_backend
-from fused_rnn.base import FusedRNNBase
-from fused_rnn.cells import Cell, State
+from fused_rnn.engines.cells import register
+from fused_rnn.kernels.cell import CellFunctions, KernelCell
 from fused_rnn.kernels.tiles import sigmoid, tanh
+from fused_rnn.layers.base import FusedRNNBase
+from fused_rnn.spec.cells import Cell, State
 
 # ---- what the cell is: the eager loop runs this, and every faster backend is tested against it ---
 
@@ -36,8 +37,6 @@ def _step(gx: Tensor, gh: Tensor, state: State) -> State:
     n = torch.tanh(xn + f * hn)
     return (1 - f) * state[0] + f * n, None
 
-
-MGU = Cell("mgu", gates=2, has_c=False, step=_step)
 
 # ---- the same for the kernels: a step, and its adjoint as factors times gradients ----------------
 # Slots: 0 is f, 1 is unused, 2 is the input part of n, 3 is its recurrent part q = W_hn h + b_hn.
@@ -67,21 +66,29 @@ def mgu_adjoint(k, dh, dc, none):
     return (dh * k[0], none, dh * k[1], dh * k[2]), dh * k[3], dc
 
 
-def _saved(gates: Tensor) -> None:
+FUNCTIONS = CellFunctions(mgu_step, mgu_factors, mgu_adjoint)
+
+
+def _activate(gates: Tensor) -> None:
     gates[..., 0].sigmoid_()
     gates[..., 2].addcmul_(gates[..., 0], gates[..., 3]).tanh_()
 
 
-cells.register(MGU)
-triton_backend.register(
-    MGU,
-    step=mgu_step,
-    factors=mgu_factors,
-    adjoint=mgu_adjoint,
-    x_slots=(0, 2),
-    h_slots=(0, 3),
-    saved=_saved,
+MGU = Cell(
+    "mgu",
+    gates=2,
+    has_c=False,
+    step=_step,
+    kernels=KernelCell(
+        "mgu",
+        states=1,
+        x_slots=(0, 2),
+        h_slots=(0, 3),
+        functions=lambda: FUNCTIONS,
+        activate=_activate,
+    ),
 )
+register(MGU)
 
 # ---- the layer -----------------------------------------------------------------------------------
 

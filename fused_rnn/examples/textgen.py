@@ -67,6 +67,20 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m fused_rnn.examples.textgen",
         description="Train a language model on a text, test it on the last tenth, let it write.",
     )
+    _add_model(parser)
+    _add_training(parser)
+    _add_writing(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
+    parser.add_argument("--threads", type=integer(1), help="CPU threads (default: torch's choice)")
+    parser.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")
+    parser.add_argument("--load", type=Path, metavar="CHECKPOINT", help="start from this model")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/textgen"), help="folder for results (%(default)s)"
+    )
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     new = Config()
     shape = parser.add_argument_group("model (of a new one; --load brings its own)")
     # SUPPRESS: what is not given is absent, so that the defaults stand in Config alone.
@@ -86,6 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"{text} (default: {getattr(new, name)})",
         )
 
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--corpus", type=Path, metavar="FILE", help="UTF-8 text (default: Python's own reference)"
@@ -109,6 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training.add_argument("--lr", type=number(0), default=4e-3, help="learning rate (%(default)s)")
 
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
     writing = parser.add_argument_group("writing")
     writing.add_argument("--prompt", default="", help="how the text begins (default: a new line)")
     writing.add_argument(
@@ -125,15 +143,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PROMPT",
         help="instead of writing, list the K likeliest next tokens (default: 5)",
     )
-
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
-    parser.add_argument("--threads", type=integer(1), help="CPU threads (default: torch's choice)")
-    parser.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")
-    parser.add_argument("--load", type=Path, metavar="CHECKPOINT", help="start from this model")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/textgen"), help="folder for results (%(default)s)"
-    )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""What runs one layer: the choice among the engines, and the engines."""

@@ -1,0 +1,1 @@
+"""The CPU engine: both sweeps as PyTorch calls, as few as possible for a time step."""

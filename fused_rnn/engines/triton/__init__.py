@@ -1,0 +1,1 @@
+"""The Triton engine: the kernels' sweeps, and the matrix products around them."""

@@ -1,0 +1,1 @@
+"""One layer as an operation: called plainly, recorded by autograd, transformed, or traced."""

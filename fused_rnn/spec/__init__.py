@@ -1,0 +1,1 @@
+"""What describes a call of a layer, and knows no engine."""

@@ -1,0 +1,1 @@
+"""What a user asks about layers: which engine runs, which plan is fastest, what works here."""

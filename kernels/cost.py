@@ -1,0 +1,69 @@
+"""A guess at what a plan costs, by which plans are ranked. Plain Python; no measurement."""
+
+from fused_rnn.kernels.chips import Limits
+from fused_rnn.kernels.plan import Plan, PlanRequest
+
+L2_BYTES = 24
+SHARED_BYTES = 5
+
+
+def step_us(request: PlanRequest, plan: Plan, limits: Limits) -> float:
+    """Microseconds of a time step, forward and reverse together, of all launches."""
+    cycles = step_cycles(request, plan, limits) * _launches(request, plan, limits)
+    return cycles / (1000 * limits.clock)
+
+
+def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
+    """A guess at the cycles of a time step, forward and reverse together.
+
+    What waits for what in a step is added up. The constants:
+
+        33 cycles    one mma.sync of a dependent chain (A100, H100; "Dissecting the NVIDIA Hopper
+                     architecture through microbenchmarking", arXiv 2501.12084)
+        24 B/cycle   between L2 and one SM, in and out, while all SMs exchange (fitted to an H100);
+        5 B/cycle    to each warp from tiles of weights in shared memory, conversions included
+                     (fitted to an H100 and an H200; what the chip has is 128 for an SM)
+        300 cycles   a load that hits L2 (the same paper: 260 to 280, and the way back)
+        0.855 us     release to acquire among 32 programs, measured on an H100: 0.64 among 2 to 8,
+                     0.83 among 16, 0.96 among 132, but steps of small groups do not gain the
+                     difference. `python -m fused_rnn.check --remember` measures it on another GPU
+        400 cycles   block barriers, conversions between layouts; 150 more where there are more
+                     threads than units, 50 per tile of weights, 35 per slot and sequence of a
+                     thread for the pointwise part (fitted to estimates from our machine code)
+    """
+    columns = -(-request.H // plan.block_k) * plan.block_k
+    slots = request.cell.slots
+    elements = max(1.0, plan.block_h * plan.block_b / (plan.warps * limits.warp))
+    fma = 16 if request.itemsize == 2 else 8
+    wide = plan.block_b // 8
+    local = 2 * (400 + 35 * slots * elements)
+    local += 100 * columns / plan.block_k
+    if plan.block_h * plan.block_b < plan.warps * limits.warp:
+        local += 2 * 150  # threads without a unit of their own: more conversions
+    if request.ieee:  # a multiply-add per thread and cycle, four warps at a time
+        local += 2 * request.cell.gates * plan.block_h * columns * plan.block_b / 128
+        chain = 0.0
+    else:
+        chain = 33 * wide * columns / (fma * plan.k_split)
+        chain += 33 * wide * request.cell.gates * plan.block_h / fma
+    if plan.programs == 1:
+        return local + chain
+    kept = request.cell.gates * plan.block_h * columns * request.itemsize
+    hop = 2 * (1000 * limits.hop_us * limits.clock + 300)
+    exchange = columns * plan.block_b * (request.itemsize + 4 + 4) / L2_BYTES
+    if plan.regime == "streamed":
+        all_weights = plan.programs * kept
+        fits = all_weights < limits.l2 * 2**20
+        from_memory = 0 if fits else all_weights / (limits.memory * 1000 / limits.clock)
+        weights = 2 * max(kept / L2_BYTES, from_memory)
+    else:
+        left = kept - 128 * plan.weight_registers * plan.warps
+        weights = 2 * left / (SHARED_BYTES * plan.warps)
+    return local + chain + hop + exchange + weights
+
+
+def _launches(request: PlanRequest, plan: Plan, limits: Limits) -> int:
+    tiles = -(-request.B // plan.block_b)
+    if plan.programs == 1:
+        return -(-tiles * request.D // limits.sms)  # waves of one launch
+    return -(-tiles // max(1, plan.tiles)) * -(-request.D // max(1, plan.directions))

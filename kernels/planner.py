@@ -1,0 +1,255 @@
+"""Which plans of a sweep fit a chip, and which is best. Plain Python.
+
+What fits is arithmetic on registers, shared memory and on how many programs are resident at once;
+which is best is a guess by :func:`fused_rnn.kernels.cost.step_us`, which `fused_rnn.tune` replaces
+by a measurement.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from fused_rnn.kernels.chips import Limits
+from fused_rnn.kernels.cost import step_us
+from fused_rnn.kernels.plan import DoesNotFit, Plan, PlanRequest
+
+WORKING = 120  # registers per thread beside the weights: 80 to 115 in the compiled kernels
+WORKING_SHARED = 155  # the same if tiles from shared memory pass through registers, too
+MOST_CHUNKS = 8  # of h in registers, see `weights.load_h`
+MOST_WORK = 1.35  # padded over needed, if a group can have less
+STAGES = 3  # tiles of streamed weights under way
+
+
+def plans(request: PlanRequest, limits: Limits) -> list[Plan]:
+    """All plans that fit, best first.
+
+    Args:
+        request: the layer.
+        limits: the chip.
+
+    Raises:
+        DoesNotFit: if none does, with the reason.
+    """
+    fitting: list[Plan] = []
+    try:
+        fitting.append(_persistent(request, limits))
+        refusal = "One program could hold the weights, but a group takes less time"
+    except DoesNotFit as reason:
+        refusal = str(reason)
+    if limits.groups:
+        groups = list(_cooperative(request, limits))
+        if not fitting and not groups:
+            groups = list(_streamed(request, limits))
+        fitting += [plan for plan in groups if plan.work <= MOST_WORK] or _least_work(groups)
+    if not fitting:
+        if not limits.groups:
+            refusal += ", and a group of programs cannot run here"
+        raise DoesNotFit(refusal)
+    fitting = [plan if plan.programs == 1 else replace(plan, why=refusal) for plan in fitting]
+    return sorted(fitting, key=lambda plan: plan.step_us)
+
+
+def make_plan(request: PlanRequest, limits: Limits) -> Plan:
+    """The best of `plans`."""
+    return plans(request, limits)[0]
+
+
+def _least_work(plans: list[Plan]) -> list[Plan]:
+    least = min((plan.work for plan in plans), default=0.0)
+    return [plan for plan in plans if plan.work == least]
+
+
+def _plan(request: PlanRequest, limits: Limits, **parts: Any) -> Plan:
+    """The plan of the given parts, with what follows from them."""
+    fast = request.fast and request.itemsize == 2 and limits.fast_tanh
+    plan = Plan(directions=request.D, fast=fast, work=0.0, step_us=0.0, **parts)
+    columns = -(-request.H // plan.block_k) * plan.block_k
+    work = plan.programs * plan.block_h * columns / request.H**2
+    plan = replace(plan, work=work)
+    if plan.programs > 1:
+        plan = replace(plan, **_residency(request, limits, plan))
+    return replace(plan, step_us=step_us(request, plan, limits))
+
+
+def _persistent(request: PlanRequest, limits: Limits) -> Plan:
+    """One program for all units."""
+    H, itemsize, gates = request.H, request.itemsize, request.cell.gates
+    block_h = max(16, 1 << (H - 1).bit_length())
+    # A warp's mma tile has 16 rows: with 16 units per warp the gates of a unit meet in one thread.
+    warps = min(limits.warps, block_h // 16)
+    k_split = 1
+    if request.ieee:  # multiply-adds hold both operands in registers: more threads, less in each
+        warps = min(limits.warps, max(4, block_h // 4))
+        k_split = 4 if block_h == 64 and limits.warp == 32 else 1
+    # wgmma is the lesser evil for fp32: a thread has no registers left for the batched dot.
+    split = warps if limits.wide_mma and itemsize == 2 else 1
+
+    weight_bytes = gates * block_h * block_h * itemsize
+    weight_registers = weight_bytes // (4 * limits.warp * warps)
+    room = limits.registers - WORKING
+    if weight_registers > room:
+        held = room * 4 * limits.warp * warps
+        raise DoesNotFit(
+            f"{request.cell.name} with H = {H} needs {weight_bytes // 1024} KiB for its recurrent "
+            f"weights, and the registers of one program hold {held // 1024} KiB"
+        )
+    # The chip is full with tiles of 8: larger ones then share the fixed cost of a step.
+    tiles = -(-request.B // 8) * request.D
+    wide = tiles > limits.sms and weight_registers * itemsize <= 256 and not request.ieee
+    block_b = 16 if wide else 8
+
+    shared = _persistent_shared(request, limits, block_h, block_b, split)
+    if shared > limits.shared:
+        raise DoesNotFit(
+            f"{request.cell.name} with H = {H} needs {shared // 1024} KiB of shared memory, and a "
+            f"program has {limits.shared // 1024} KiB"
+        )
+    return _plan(
+        request,
+        limits,
+        regime="persistent",
+        block_h=block_h,
+        block_k=block_h,
+        block_b=block_b,
+        warps=warps,
+        k_split=k_split,
+        m_split=split,
+        programs=1,
+        tiles=0,
+        chunks=1,
+        weights="shared" if request.ieee else "registers",
+        weight_registers=weight_registers,
+        shared=shared,
+    )
+
+
+def _persistent_shared(
+    request: PlanRequest, limits: Limits, block_h: int, block_b: int, split: int
+) -> int:
+    """Bytes of shared memory of such a program.
+
+    Weights pass through it two gates at a time; beside them lie the small tiles.
+    """
+    itemsize, gates = request.itemsize, request.cell.gates
+    exchange = block_b * 1024
+    if request.ieee:  # no tensor cores: multiply-adds, both operands of all products from there
+        return gates * block_h * block_h * itemsize + 2 * exchange
+    tile = min(2, gates) * block_h * block_h * itemsize
+    if limits.warp == 64:  # there the compiler lets them share
+        return max(tile, exchange)
+    if limits.wide_mma and itemsize == 4:  # both operands of wgmma and tcgen05 lie there
+        return 2 * tile + exchange
+    if split > 1 and gates > 1:
+        return tile + tile * block_b // 16 + exchange
+    return tile + exchange
+
+
+def _cooperative(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
+    """A group whose weights stay on the chip; ieee products would spill."""
+    H, itemsize, gates = request.H, request.itemsize, request.cell.gates
+    if request.ieee:
+        return
+    rows = 8 if gates == 4 else 16  # units that fill an mma tile of 16 rows: of GRU's n, 16
+    for block_h, warps in product((16, 32, 64), (2, 4, 8)):
+        programs = -(-H // block_h)
+        m_split = max(1, min(warps // 2, block_h // rows, warps * block_h // 64))
+        if H > 1024:  # a thread's part of h is long: each warp takes another part
+            m_split = 1
+        k_split = warps // m_split
+        widths = _chunks(H, 16 * warps)  # in the reverse sweep a warp needs 16 rows
+        for block_k, block_b in product(widths, (8, 16)):
+            if programs < 2 or (block_b > 8 and block_b // 2 >= request.B):
+                continue
+            count = -(-H // block_k)
+            tile_registers = gates * block_h * block_k * itemsize // (128 * warps)
+            chunks = count
+            if count * tile_registers > limits.registers - WORKING:
+                chunks = (limits.registers - WORKING_SHARED) // tile_registers
+            tile = min(2, gates) * block_h * block_k * itemsize
+            kept = (count - chunks) * gates * block_h * block_k * itemsize
+            shared = kept + tile + _exchange(request, block_h, block_k, block_b, k_split, warps)
+            weights = {count: "registers", 0: "shared"}.get(chunks, "registers and shared")
+            plan = _plan(
+                request,
+                limits,
+                regime="cooperative",
+                block_h=block_h,
+                block_k=block_k,
+                block_b=block_b,
+                warps=warps,
+                k_split=k_split,
+                m_split=m_split,
+                programs=programs,
+                tiles=1,
+                chunks=chunks,
+                weights=weights,
+                weight_registers=chunks * tile_registers,
+                shared=shared,
+            )
+            if shared <= limits.shared and plan.tiles:
+                yield plan
+
+
+def _streamed(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
+    """A group that reads its weights in every step, STAGES tiles ahead."""
+    H, itemsize, gates = request.H, request.itemsize, request.cell.gates
+    warps = 4
+    for block_h in (16, 32, 64, 128):
+        for block_k in (16, 32, 64):
+            tile = gates * block_h * block_k * itemsize
+            shared = STAGES * (tile + 2 * block_k * 8 * itemsize)
+            shared += _exchange(request, block_h, block_k, 8, 1, warps)
+            plan = _plan(
+                request,
+                limits,
+                regime="streamed",
+                block_h=block_h,
+                block_k=block_k,
+                block_b=8,
+                warps=warps,
+                k_split=1,
+                m_split=1,
+                programs=-(-H // block_h),
+                tiles=1,
+                chunks=0,
+                weights="L2",
+                weight_registers=0,
+                shared=shared,
+            )
+            if shared <= limits.shared and plan.programs > 1 and plan.tiles:
+                yield plan
+
+
+def _chunks(H: int, least: int) -> list[int]:
+    """Widths of a tile of weights: powers of two from `least` on, those with the least padding."""
+    widths = [least << n for n in range(12) if least << n <= min(1024, 2 * H - 1)]
+    padded = {w: -(-H // w) * w for w in widths if -(-H // w) <= MOST_CHUNKS}
+    return [w for w in padded if padded[w] == min(padded.values())]
+
+
+def _exchange(
+    request: PlanRequest, block_h: int, block_k: int, block_b: int, k_split: int, warps: int
+) -> int:
+    """Bytes of shared memory for what moves between threads in a step, taken generously."""
+    columns = 1 << (-(-request.H // block_k) * block_k - 1).bit_length()
+    h = min(columns, MOST_CHUNKS * block_k) * block_b * request.itemsize
+    partial_sums = 4 * block_h * block_b * 4 * k_split
+    dh = block_k * block_b * 4
+    dgates = 2 * block_h * block_b * request.itemsize * warps
+    return max(h, partial_sums, dh) + dgates + 1024
+
+
+def _residency(request: PlanRequest, limits: Limits, plan: Plan) -> dict[str, int]:
+    """Batch tiles and directions of one launch, all of whose programs are resident at once.
+
+    Registers are counted as if each thread had the most, so the compiled kernel can only need less.
+    """
+    by_registers = 65536 // (plan.warps * 32 * 256)
+    by_shared = limits.sm_shared // (plan.shared + 1024)  # each program takes 1 KiB more
+    programs = limits.sms * min(by_registers, by_shared)
+    if limits.most_programs is not None:
+        programs = min(programs, limits.most_programs)
+    groups = programs // plan.programs
+    directions = min(request.D, groups)
+    return {"tiles": groups // directions if groups else 0, "directions": directions}

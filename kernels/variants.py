@@ -1,0 +1,61 @@
+"""The compiled forms of the sweeps: by plan, cell and size, each made once."""
+
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+
+from fused_rnn.kernels.backward import backward_kernel
+from fused_rnn.kernels.cell import CellFunctions
+from fused_rnn.kernels.forward import forward_kernel
+from fused_rnn.kernels.group import launch_options, sweep_constants
+from fused_rnn.kernels.launch import Variant
+from fused_rnn.kernels.sweep import Sweep
+
+VARIANTS: dict[Any, tuple[CellFunctions, Variant]] = {}
+
+
+def forward_variant(sweep: Sweep, H: int, save: bool, target: GPUTarget | None) -> Variant:
+    """The forward sweep with H hidden units, for a group on a target."""
+    cell, _, reverse, precision, plan, _ = sweep
+    key = (plan, cell, len(reverse), H, save, precision, target)
+    functions, known = cell.functions(), VARIANTS.get(key)
+    if known is not None and known[0] is functions and known[1].kernel is forward_kernel:
+        return known[1]
+    constants = sweep_constants(plan, len(reverse), target) | {
+        "STEP": functions.step,
+        "G": cell.gates,
+        "STATES": cell.states,
+        "H": H,
+        "SAVE": save,
+        "KS": plan.k_split,
+        "MS": plan.m_split,
+        "PRECISION": precision,
+    }
+    variant = Variant(forward_kernel, constants, launch_options(plan))
+    VARIANTS[key] = functions, variant
+    return variant
+
+
+def reverse_variant(sweep: Sweep, H: int, target: GPUTarget | None) -> Variant:
+    """The reverse sweep with H hidden units, for a group on a target."""
+    cell, _, reverse, precision, plan, _ = sweep
+    key = (plan, cell, len(reverse), H, precision, target)
+    functions, known = cell.functions(), VARIANTS.get(key)
+    if known is not None and known[0] is functions and known[1].kernel is backward_kernel:
+        return known[1]
+    # As many programs' partial sums at a time as fill the threads with 16 bytes each.
+    together = 128 * plan.warps // (plan.block_h * plan.block_b)
+    constants = sweep_constants(plan, len(reverse), target) | {
+        "FACTORS": functions.factors,
+        "ADJOINT": functions.adjoint,
+        "CELL_STATE": functions.cell_state,
+        "G": cell.gates,
+        "STATES": cell.states,
+        "H": H,
+        "MS": plan.k_split * plan.m_split,
+        "TOGETHER": max(1, min(8, together)),
+        "PRECISION": precision,
+    }
+    variant = Variant(backward_kernel, constants, launch_options(plan))
+    VARIANTS[key] = functions, variant
+    return variant

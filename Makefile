@@ -30,6 +30,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 # Tables on the terminal, lines of JSON and pictures under runs/bench; minutes, on a GPU more.
 bench: .venv/ready

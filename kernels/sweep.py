@@ -61,14 +61,8 @@ class SweepOptions:
 
     def tensors(self, **restarts: Tensor | None) -> dict[str, Tensor | None]:
         """As the kernels take them, in their order, the states of a new segment by name."""
-        zones = {"zone_h": self.zone_h, "zone_c": self.zone_c}
-        return {
-            "lengths": self.lengths,
-            "reset": self.reset,
-            **restarts,
-            **zones,
-            "drop": self.drop,
-        }
+        masks = {"zone_h": self.zone_h, "zone_c": self.zone_c, "drop": self.drop}
+        return {"lengths": self.lengths, "reset": self.reset} | restarts | masks
 
     @property
     def operand_differs(self) -> bool:

@@ -102,12 +102,15 @@ def test_copies(kind: str) -> None:
 def test_pickle_of_an_older_version() -> None:
     layer = FusedLSTM(3, 5)
     state = layer.__getstate__()
-    for name in ("proj_size", "backend", "recompute"):
+    for name in ("proj_size", "backend", "recompute", "_entries", "_sizes"):
         state = {k: v for k, v in state.items() if k != name}
+    state |= {"_layout": [], "_order": ()}  # which it had
     restored = FusedLSTM.__new__(FusedLSTM)
     restored.__setstate__(state)
     x = torch.randn(4, 2, 3)
     assert torch.equal(restored(x)[0], layer(x)[0])
+    assert vars(restored).keys() == vars(layer).keys()
+    assert fused_rnn.layers.FusedLSTM is FusedLSTM  # where it was pickled from
 
 
 @every_layer
@@ -180,6 +183,7 @@ def _state(kind: str, *shape: int, dtype: torch.dtype = torch.float32) -> Any:
 
 BAD_CALLS = {
     "4-D input": lambda kind: (torch.randn(1, 2, 3, 4), None),
+    "0-D input": lambda kind: (torch.tensor(1.0), None),
     "1-D input": lambda kind: (torch.randn(3), None),
     "wrong input size": lambda kind: (torch.randn(4, 2, 9), None),
     "wrong dtype": lambda kind: (torch.randn(4, 2, 3, dtype=torch.float64), None),

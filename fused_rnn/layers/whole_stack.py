@@ -54,7 +54,7 @@ def prepare(module: RecurrentModule, input: Any, hx: Any) -> Prepared | None:
     if x.dtype is not kind and (dtype is None or kind is torch.float64):
         return None
     dims = len(shape)
-    if shape[-1] != module.input_size or x.numel() == 0 or not 1 < dims < (3 if packed else 4):
+    if not 1 < dims < (3 if packed else 4) or shape[-1] != module.input_size or x.numel() == 0:
         return None
     if packed:
         layout = packed_layout(input)

@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     present=11...``, which an exported graph can hold and a reader can read.
 
     Attributes:
-        cell: the cell.
+        name: of the cell.
         directions: 1 or 2.
         recompute: whether only the states are saved for backward.
         backend: what the user asks for: "auto", "triton", "cpu", "native" or "eager".
@@ -29,12 +29,17 @@ class Settings(NamedTuple):
         present: which of :meth:`fused_rnn.spec.layer.LayerInputs.flatten` there are.
     """
 
-    cell: Cell
+    name: str
     directions: int
     recompute: bool
     backend: Backend
     cells: bool
     present: tuple[bool, ...]
+
+    @property
+    def cell(self) -> Cell:
+        """The cell that has the name now."""
+        return CELLS[self.name]
 
     @staticmethod
     def text(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> str:
@@ -50,11 +55,11 @@ class Settings(NamedTuple):
     @lru_cache(maxsize=4096)
     def of(text: str) -> "Settings":
         """From the text."""
-        cell, *pairs = text.split()
+        name, *pairs = text.split()
         directions, recompute, backend, cells, present = (p.partition("=")[2] for p in pairs)
         marks = tuple([mark == "1" for mark in present])
-        one: Any = backend
-        return Settings(CELLS[cell], int(directions), recompute == "1", one, cells == "1", marks)
+        known: Any = backend
+        return Settings(name, int(directions), recompute == "1", known, cells == "1", marks)
 
     def restore(self, tensors: Sequence[Any]) -> LayerInputs:
         """The inputs, of those tensors that there are."""
@@ -92,7 +97,8 @@ def sorted_out(
     Raises:
         RuntimeError: ``batch_sizes`` do not fit the tensors, or the backend cannot run the layer.
     """
-    cell, directions, recompute, backend, cells, _ = told = Settings.of(settings)
+    _, directions, recompute, backend, cells, _ = told = Settings.of(settings)
+    cell = told.cell
     inputs = told.restore(tensors)
     x, h0, _, weights, given = inputs
     zoneout, clip = numbers[0], numbers[1] if len(numbers) > 1 else None

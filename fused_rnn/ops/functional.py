@@ -189,7 +189,7 @@ def run(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Outputs:
     route = route_of(spec, inputs, backend)
     engine = route.choice.engine
     if route.way == "transformed":
-        return transforms.run(spec, inputs, backend)
+        return transforms.run(spec, inputs, backend, engine)
     if engine is None:
         outputs = _without_engine(route)
     elif route.way == "recorded":

@@ -19,6 +19,7 @@ from fused_rnn.ops.autograd import LayerFunction
 from fused_rnn.spec.batch import BatchLayout
 from fused_rnn.spec.context import forward_mode, transformed
 from fused_rnn.spec.layer import (
+    Engine,
     LayerInputs,
     LayerSpec,
     Needs,
@@ -38,9 +39,11 @@ def choice_of(
     return choose(spec, device, dtype, backend)
 
 
-def run(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Outputs:
-    """One layer under a transform, or under those that are left of some."""
-    engine = choice_of(spec, inputs.x.device, inputs.x.dtype, backend).engine
+def run(spec: LayerSpec, inputs: LayerInputs, backend: Backend, engine: Engine | None) -> Outputs:
+    """One layer under a transform, or under those that are left of some.
+
+    ``engine`` is that of :func:`choice_of`, None for the eager loop.
+    """
     if engine is None:
         return reference.run(spec, inputs)
     flat = inputs.flatten()
@@ -53,12 +56,18 @@ def run(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Outputs:
     return plain
 
 
+def _run(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Outputs:
+    """The same within a transform, whose engine is chosen for what that has made of the layer."""
+    choice = choice_of(spec, inputs.x.device, inputs.x.dtype, backend)
+    return run(spec, inputs, backend, choice.engine)
+
+
 class _Layer(torch.autograd.Function):
     """``apply(spec, backend, *inputs.flatten())`` returns the outputs that the cell has."""
 
     @staticmethod
     def forward(spec: LayerSpec, backend: Backend, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        return _present(run(spec, LayerInputs.restore(flat), backend))
+        return _present(_run(spec, LayerInputs.restore(flat), backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -92,7 +101,7 @@ class _Layer(torch.autograd.Function):
         folded = [_fold(t, d, V, at) for t, d, at in zip(flat, dims, (0, 1, 1), strict=False)]
         wide = BatchLayout(spec.layout.T, B * V, None if sizes is None else _times(sizes, V))
         inputs = LayerInputs.restore([*folded, *flat[3:]])
-        out, *states = _present(run(replace(spec, layout=wide), inputs, backend))
+        out, *states = _present(_run(replace(spec, layout=wide), inputs, backend))
         states = [s.unflatten(1, (B, V)) for s in states]
         return (out.unflatten(0, (N, V)), *states), (1, *[2] * len(states))
 

@@ -43,8 +43,9 @@ def fuse(model: nn.Module, *, backend: Backend = "auto", recompute: bool = False
 
     Args:
         model: any module.
-        backend: the twins' backend.
-        recompute: the twins' ``recompute``.
+        backend: of the twins: "auto" (what is fastest), "triton", "cpu", "native" or "eager".
+        recompute: whether the twins save only their states for backward, and compute the gates a
+            second time.
 
     Returns:
         ``model``, or its twin where ``model`` itself is a recurrent layer
@@ -62,11 +63,15 @@ def fuse(model: nn.Module, *, backend: Backend = "auto", recompute: bool = False
 def unfuse(model: nn.Module) -> nn.Module:
     """The inverse of :func:`fuse`: swap the fused layers in ``model`` for torch.nn's, in place.
 
-    It shares and keeps what :func:`fuse` does, and leaves alone what that does. It is for tools
-    that look for torch.nn's layers: quantize_dynamic, torch.jit.script, and the way to ONNX,
-    ``torch.onnx.export(unfuse(model), ..., dynamo=True)``, which takes any T and B for an LSTM or
-    GRU with ``batch_first`` and ``Dim.AUTO`` (docs/faq.md has what else it takes). torch.export
-    needs no detour.
+    The twins share the parameters themselves; hooks, buffers, child modules, training mode and
+    attributes go along, and so does what makes a weight of other parameters. A layer that cannot be
+    swapped (of a subclass, with a ``forward`` of its own, compiled in place) is left alone, with a
+    warning that says why.
+
+    It is for tools that look for torch.nn's layers: quantize_dynamic, torch.jit.script, and the way
+    to ONNX, ``torch.onnx.export(unfuse(model), ..., dynamo=True)``, which takes any T and B for an
+    LSTM or GRU with ``batch_first`` and ``Dim.AUTO`` (docs/faq.md has what else it takes).
+    torch.export needs no detour.
 
     Args:
         model: any module.

@@ -141,10 +141,7 @@ def describe(
     if hx is not None:
         check_states(hx, module._cell.has_c)
     if isinstance(input, PackedSequence):
-        if lengths is not None or mask is not None:
-            name = "mask" if lengths is None else "lengths"
-            raise ValueError(f"{name}: only for padded input; a PackedSequence has lengths itself")
-        return _packed(module, input, hx, reset, cells)
+        return _packed(module, input, hx, lengths, reset, mask, cells)
     return _padded(module, input, hx, lengths, reset, mask, cells)
 
 
@@ -197,7 +194,13 @@ def _padded(
 
 
 def _packed(
-    module: RecurrentModule, input: PackedSequence, hx: States | None, reset: Any, cells: bool
+    module: RecurrentModule,
+    input: PackedSequence,
+    hx: States | None,
+    lengths: Tensor | None,
+    reset: Any,
+    mask: Any,
+    cells: bool,
 ) -> StackCall:
     x, batch_sizes, sorted_indices, unsorted_indices = input
     weights = module._weights()
@@ -205,6 +208,9 @@ def _packed(
     check_input(x, w_ih, module.input_size, module.batch_first, packed=True)
     check_parameters(x, module._sizes.names, weights)
     reset = None if reset is None else packed_reset(input, reset)
+    if lengths is not None or mask is not None:
+        name = "mask" if lengths is None else "lengths"
+        raise ValueError(f"{name}: only for padded input; a PackedSequence has lengths itself")
     layout: BatchLayout | TracedLayout
     layout = TracedLayout.packed(input, hx) if tracing() else packed_layout(input)
     if hx is not None:

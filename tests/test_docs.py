@@ -22,12 +22,11 @@ from fused_rnn.engines import cells
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-OTHERS = {
-    "kernels",
-    "examples",
-    "check",
-}  # of the package: a link; commands, which say it themselves
-OURS = [p for p in ROOT.glob("fused_rnn/**/*.py") if not OTHERS & set(p.parts)]
+# Not asked here: a link, and the folders of commands, which say it themselves. Only what lies below
+# the checkout counts, which may itself lie in a folder of such a name.
+OTHERS = {"kernels", "examples", "check"}
+PACKAGE = ROOT / "fused_rnn"
+OURS = [p for p in PACKAGE.glob("**/*.py") if not OTHERS & set(p.relative_to(PACKAGE).parts)]
 SOURCES = sorted([*OURS, *ROOT.glob("kernels/*.py")])
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fused_rnn.__path__, "fused_rnn."))
 COMPILED_ONLY = "<!-- compiled only -->\n"  # stands before a block that takes long

@@ -14,6 +14,8 @@ from fused_rnn.spec.layer import Weights
 
 States = tuple[Tensor, ...]  # (h,) or (h, c), each [L*D, B, .]
 Entry = tuple[str, tuple[int, ...]]  # the name of a parameter, and its size
+# Those of :class:`fused_rnn.spec.layer.Weights` of one direction, the cell's own ones last.
+Entries = list[Any]
 
 CELLS = {
     "RNN_TANH": cells.RNN_TANH,
@@ -157,7 +159,7 @@ class RecurrentModule(nn.Module):
         own = self._parameters.get
         for directions in self._entries:
             mine = []
-            for entries in directions:
+            for *entries, vectors in directions:
                 tensors: list[Any] = []
                 for entry in entries:
                     # Sooner than by __getattr__; what is computed is no parameter.
@@ -165,7 +167,9 @@ class RecurrentModule(nn.Module):
                     if entry is not None and (tensor is None or tensor.shape != entry[1]):
                         tensor = self.read_parameter(*entry)
                     tensors.append(tensor)
-                mine.append(Weights._make(tensors))
+                if vectors:
+                    tensors.append(torch.stack([self.read_parameter(*v) for v in vectors]))
+                mine.append(Weights(*tensors))
             layers.append(mine)
         return layers
 
@@ -186,7 +190,7 @@ class RecurrentModule(nn.Module):
     def _all_weights(self) -> list[list[str]]:
         """The names of the parameters of each layer and direction."""
         return [
-            [entry[0] for entry in direction if entry is not None]
+            [name for name, _ in _present(direction)]
             for layer in self._entries
             for direction in layer
         ]
@@ -255,15 +259,16 @@ class RecurrentModule(nn.Module):
     def _name_parameters(self) -> None:
         """Names and sizes of the parameters, by layer and direction and in torch.nn's order."""
         self._entries = _entries_of(
-            self._cell.gates,
+            self._cell,
             self.input_size,
             self.hidden_size,
             self.num_layers,
             self._directions,
             self.bias,
             self.proj_size,
+            1,
         )
-        flat = [e for layer in self._entries for d in layer for e in d if e is not None]
+        flat = [e for layer in self._entries for d in layer for e in _present(d)]
         names, sizes = [name for name, _ in flat], [torch.Size(size) for _, size in flat]
         self._sizes = Sizes(names, sizes, self.num_layers * self._directions, self._state_widths)
 
@@ -352,22 +357,30 @@ _FORMER = frozenset({"_layout", "_order"})
 
 
 def _entries_of(
-    gates: int, I: int, H: int, layers: int, directions: int, bias: bool, projection: int
-) -> list[list[list[Entry | None]]]:
+    cell: Cell, I: int, H: int, layers: int, directions: int, bias: bool, projection: int, heads: int
+) -> list[list[Entries]]:
     """By layer and direction, the entries of :class:`fused_rnn.spec.layer.Weights`."""
-    rows, carried, width = gates * H, projection or H, I
+    rows, carried, width = cell.blocks * H, projection or H, I
+    recurrent = (rows, carried) if heads == 1 else (heads, rows // heads, H // heads)
     by_layer = []
     for layer in range(layers):
         mine = []
         for suffix in ("", "_reverse")[:directions]:
-            sizes = (rows, width), (rows, carried), (rows,), (rows,), (carried, H)
+            sizes = (rows, width), recurrent, (rows,), (rows,), (carried, H)
             kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
             there = (True, True, bias, bias, projection > 0)
-            entries = [
+            entries: Entries = [
                 (f"{kind}_l{layer}{suffix}", size) if here else None
                 for kind, size, here in zip(kinds, sizes, there, strict=True)
             ]
-            mine.append(entries)
+            vectors = [(f"{name}_l{layer}{suffix}", (H,)) for name in cell.parameters]
+            mine.append([*entries, vectors])
         by_layer.append(mine)
         width = carried * directions
     return by_layer
+
+
+def _present(entries: Entries) -> list[Entry]:
+    """Those that there are, in torch.nn's order."""
+    *weights, vectors = entries
+    return [*[e for e in weights if e is not None], *vectors]

@@ -40,6 +40,7 @@ class Cell:
             ``gx = x W_ih^T + b_ih`` and ``gh = h W_hh^T + b_hh``. It is the definition of the cell:
             the eager loop runs it as it stands, and every engine is tested against it.
         torch: PyTorch's own functions for it, or None.
+        parameters: names of its own parameters, each one number for every unit.
         sweep: its class for the CPU engine, a :class:`fused_rnn.engines.cpu.sweep.Sweep`, or None.
         kernels: how the Triton kernels run it, or None.
     """
@@ -51,3 +52,9 @@ class Cell:
     torch: TorchFunctions | None = None
     sweep: Callable[..., Any] | None = None
     kernels: KernelCell | None = None
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of ``H`` rows in the weights."""
+        return self.gates

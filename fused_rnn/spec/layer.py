@@ -1,7 +1,8 @@
 """One recurrent layer as its engines see it: what it is, its inputs, outputs and gradients.
 
-Shapes: T steps, B sequences, N rows in all, D directions, I inputs, H hidden units, G gates, and
-R = proj_size or H rows in the carried h.
+Shapes: T steps, B sequences, N rows in all, D directions, I inputs, H hidden units, G gates, K
+states beside h, P parameters of a unit, and R = proj_size or H rows in the carried h. "c" stands for
+all states beside h, [.., K*H], one after the other: that of the LSTM, where there is one.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +22,11 @@ class Weights(NamedTuple):
 
     Attributes:
         w_ih: [G*H, I].
-        w_hh: [G*H, R].
+        w_hh: [G*H, R]; with k > 1 heads [k, G*H/k, H/k], the rows of a head by gate and unit.
         b_ih: [G*H], or None without biases.
         b_hh: [G*H], or None without biases.
         w_hr: [R, H], or None without a projection.
+        vectors: [P, H], the cell's own parameters, or None for a cell without.
     """
 
     w_ih: Tensor
@@ -32,6 +34,7 @@ class Weights(NamedTuple):
     b_ih: Tensor | None
     b_hh: Tensor | None
     w_hr: Tensor | None
+    vectors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ class OptionTensors(NamedTuple):
         lengths: int64 [B], steps of each sequence of a uniform batch.
         reset: bool [N], rows at which a new segment begins, which knows nothing of the old one.
         restart_h: [D, R], the h that it begins with; zeros if absent.
-        restart_c: [D, H], the c that it begins with; zeros if absent.
+        restart_c: [D, K*H], the c that it begins with; zeros if absent.
         zone_h: bool [N, D*R], units that keep their h in a step.
-        zone_c: bool [N, D*H], units that keep their c in a step.
+        zone_c: bool [N, D*K*H], units that keep their c in a step.
         drop: [D, B, R], factors of h on its way into the recurrent product.
     """
 
@@ -90,8 +93,8 @@ class LayerSpec:
         recompute: save only the states for backward, and compute the gates a second time.
         options: None for what torch.nn's layers can do; then no tensor of :class:`OptionTensors`
             is there.
-        from_zero: the initial states are zeros, with which no product is needed; False says
-            nothing.
+        from_zero: the initial h is zeros, with which no product is needed; False says nothing.
+        heads: blocks on the diagonal of the recurrent weights, outside of which they are zero.
     """
 
     cell: Cell
@@ -102,6 +105,7 @@ class LayerSpec:
     recompute: bool = False
     options: Options | None = None
     from_zero: bool = False
+    heads: int = 1
 
 
 Flat = tuple[Tensor | None, ...]
@@ -113,7 +117,7 @@ class LayerInputs(NamedTuple):
     Attributes:
         x: rows [N, I] in order of time, see :class:`fused_rnn.spec.batch.BatchLayout`.
         h0: initial hidden state [D, B, R].
-        c0: initial cell state [D, B, H], or None for a cell without one.
+        c0: initial states beside h [D, B, K*H], or None for a cell without.
         weights: the parameters of each direction.
         options: the tensors of its options.
     """
@@ -148,6 +152,7 @@ class WeightNeeds(NamedTuple):
     b_ih: bool
     b_hh: bool
     w_hr: bool
+    vectors: bool = False
 
 
 class Needs(NamedTuple):
@@ -181,6 +186,7 @@ class WeightGrads(NamedTuple):
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
+    vectors: Tensor | None = None
 
 
 class InputGrads(NamedTuple):
@@ -212,8 +218,8 @@ class Outputs(NamedTuple):
     Attributes:
         out: [N, D*R].
         h_n: [D, B, R].
-        c_n: [D, B, H], or None for a cell without c.
-        c_seq: c after every step [N, D*H], if the options ask for it.
+        c_n: [D, B, K*H], or None for a cell without c.
+        c_seq: c after every step [N, D*K*H], if the options ask for it.
     """
 
     out: Tensor

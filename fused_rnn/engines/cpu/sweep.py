@@ -195,7 +195,7 @@ class Sweep:
             torch.zeros_like(p) if need and p is not None else None
             for p, need in zip(w, needs, strict=True)
         ]
-        dw_ih, dw_hh, db_ih, db_hh, dw_hr = dw
+        dw_ih, dw_hh, db_ih, db_hh, dw_hr, _ = dw
         if self.spec.recompute:
             self.fold()
         spans, w_x = list(self.spans()), self.input_weights()
@@ -232,7 +232,8 @@ class Sweep:
                 db_hh += dgh.sum(0) if shared is None else shared
             if dw_hr is not None and c_mine is not None:
                 dw_hr.addmm_(total.t(), self.unprojected(mine, c_mine))
-        return WeightGrads._make((*self.weight_gradients(dw_ih, dw_hh, db_ih, db_hh), dw_hr))
+        dw_ih, dw_hh, db_ih, db_hh = self.weight_gradients(dw_ih, dw_hh, db_ih, db_hh)
+        return WeightGrads(dw_ih, dw_hh, db_ih, db_hh, dw_hr)
 
     def ragged(self, state: Tensor | None, initial: Tensor | None) -> Tensor | None:
         """The state [N, .] that each row's step started from, if the sequences differ in length."""

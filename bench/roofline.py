@@ -86,8 +86,8 @@ def l2_bytes(case: Case, sweeps: int, plan: Plan | None) -> float:
     units = case.H * case.B * case.directions * case.heads
     total = units * size * (cell.gates + 1)
     if sweeps == 2:
-        saved = size * (cell.slots if cell.slots > 1 else 0) + 4 * (cell.states - 1)
-        h = size if cell.states == 1 else 0
+        saved = size * (cell.slots if cell.keeps_gates else 0) + 4 * (cell.states - 1)
+        h = size if cell.needs_h or not cell.keeps_gates else 0
         total += units * (2 * saved + h + size * (cell.gates + 1))
     if plan is not None and plan.programs > 1:
         total += units * plan.programs * (size + (sweeps - 1) * 8)  # h; fp32 sums out and in

@@ -87,38 +87,38 @@ def launched(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     layout = DeviceLayout(T, B, N, empty(T + 1, dtype=torch.int64) if packed else None)
-    has_c = known.states == 2
-    sweep_options = _options(options, has_c, N, D, H, empty)
+    K, P = known.states - 1, known.parameters
+    sweep_options = _options(options, K, N, D, H, empty)
     reverse = tuple(d == 1 for d in range(D))
     sweep = Sweep(known, layout, reverse, precision, plan, sweep_options)
     gates, w, out = empty(D, N, H, known.slots), empty(D, known.gates * H, H), empty(N, D * H)
     h0, target = empty(D, B, H), gpu_target(limits)
-    c0 = empty(D, B, H) if has_c else None
+    c0 = empty(D, B, K * H) if K else None
+    vectors = empty(D, P, H) if P else None
     if kernel != "reverse":
         bias = empty(D, H) if known.splits_last_gate else None
         save = kernel == "forward"
-        return prepare_forward(sweep, gates, w, bias, h0, c0, out, save=save, target=target)[0]
-    saved = gates if known.slots == 4 or sweep_options.zoned else None
-    c_seq = empty(N, D * H, dtype=torch.float32) if has_c else None
-    grads = out, h0, c0  # of the same shapes
+        return prepare_forward(
+            sweep, gates, w, bias, h0, c0, out, save=save, vectors=vectors, target=target
+        )[0]
+    saved = gates if known.keeps_gates or sweep_options.zoned else None
+    c_seq = empty(N, D * K * H, dtype=torch.float32) if K else None
+    grads = out, h0, c0, None, vectors  # of the same shapes
     return prepare_reverse(sweep, saved, c_seq, out, w, h0, c0, *grads, target=target)[0]
 
 
-def _options(
-    names: tuple[str, ...], has_c: bool, N: int, D: int, H: int, empty: Any
-) -> SweepOptions:
+def _options(names: tuple[str, ...], K: int, N: int, D: int, H: int, empty: Any) -> SweepOptions:
     """The options of these names, their tensors made by ``empty``."""
-    restarts = [empty(D, H) if "restart" in names else None for _ in range(1 + has_c)]
-    zone = empty(N, D * H, dtype=torch.uint8) if "zones" in names else None
-    reset = "reset" in names or "restart" in names
+    restart, zoned = "restart" in names, "zones" in names
+    reset = "reset" in names or restart
     return SweepOptions(
         lengths=empty(B, dtype=torch.int32) if "lengths" in names else None,
         reset=empty(D, N, dtype=torch.uint8) if reset else None,
-        restart_h=restarts[0],
-        restart_c=restarts[-1] if has_c else None,
-        zone_h=zone,
-        zone_c=zone if has_c else None,
-        zoneout=0.1 if "zoneout" in names and zone is None else None,
+        restart_h=empty(D, H) if restart else None,
+        restart_c=empty(D, K * H) if restart and K else None,
+        zone_h=empty(N, D * H, dtype=torch.uint8) if zoned else None,
+        zone_c=empty(N, D * K * H, dtype=torch.uint8) if zoned and K else None,
+        zoneout=0.1 if "zoneout" in names and not zoned else None,
         drop=empty(D, B, H) if "drop" in names else None,
         clip=1.0 if "clip" in names else None,
     )

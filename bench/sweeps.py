@@ -39,7 +39,7 @@ def ours(case: Case, device: torch.device, plan: Plan, train: bool) -> Run:
         return forward_sweep(sweep, gates, w, bias, h0, c0, out, save=train).c_seq
 
     def both() -> object:
-        saved = gates if cell.slots == 4 else None
+        saved = gates if cell.keeps_gates else None
         return reverse_sweep(sweep, saved, forward(), out, w, h0, c0, dout, None, None)
 
     return both if train else forward

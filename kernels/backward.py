@@ -17,14 +17,11 @@ from fused_rnn.kernels.group import (
 )
 from fused_rnn.kernels.launch import sweep_kernel
 from fused_rnn.kernels.options import (
-    add_gradient,
-    add_where,
     clip_gradients,
-    load_gradient,
     load_keep,
     load_lengths,
     load_reset,
-    select,
+    split_kept,
 )
 from fused_rnn.kernels.partials import (
     multiply_transposed,
@@ -33,13 +30,31 @@ from fused_rnn.kernels.partials import (
     send_partials,
     sum_partials,
 )
+from fused_rnn.kernels.states import (
+    add,
+    add_gradients,
+    add_where,
+    beside_h,
+    clear,
+    load_gradient,
+    load_others,
+    load_vectors,
+    repeat,
+    row_place,
+    select,
+    sequence_place,
+    store_states,
+    store_vectors,
+    with_h,
+)
 from fused_rnn.kernels.tiles import (
     from_memory,
     load_step,
     pin,
+    pin_all,
+    pin_before,
     step_rows,
     store_gates,
-    store_states,
     tile_steps,
     to_memory,
     unpack,
@@ -49,22 +64,27 @@ from fused_rnn.kernels.tiles import (
 
 @sweep_kernel
 def backward_kernel(
-    gates,  # [D, N, H, S], as the forward sweep left them
+    gates,  # [D, N, H, S], as the forward sweep left them; D, H: of one head each
     w,  # [D, G * H, H]
-    states,  # [N, D * H]: c after each step if there is one, else out
-    initial,  # [D, B, H]: the state before the first step
+    vectors,  # [D, P, H], the cell's own parameters
+    out,  # [N, D * H]
+    c_seq,  # [N, D * K * H]: all states beside h after each step
+    h0,  # [D, B, H]
+    c0,  # [D, B, K * H]
     dout,  # [N, D * H]
-    dc_seq,  # [N, D * H]
+    dc_seq,  # [N, D * K * H]
     dh_n,  # [D, B, H]
-    dc_n,
+    dc_n,  # [D, B, K * H]
     dgates,  # [D, N, H, S]
     dh0,  # [D, B, H]
-    dc0,
+    dc0,  # [D, B, K * H]
     drestart_h,  # [D, B, H]
-    drestart_c,
-    lengths,  # the next six: see sweep.SweepOptions
+    drestart_c,  # [D, B, K * H]
+    dvectors,  # [D, batch tiles, P, H] fp32
+    lengths,  # the next seven: see sweep.SweepOptions
     reset,
-    restart,  # of what `initial` is the first state
+    restart_h,
+    restart_c,
     zone_h,
     zone_c,
     drop,
@@ -80,12 +100,17 @@ def backward_kernel(
     N,
     first_tile,  # of the batch, where not all fit one launch
     first_direction,
-    reverse,  # bit d: direction d ran from the last step to the first
+    reverse,  # bit d: direction d, with all its heads, ran from the last step to the first
     FACTORS: tl.constexpr,
     ADJOINT: tl.constexpr,
-    CELL_STATE: tl.constexpr,
+    OTHERS: tl.constexpr,
     G: tl.constexpr,
     STATES: tl.constexpr,
+    P: tl.constexpr,  # the cell's own parameters
+    KEEPS: tl.constexpr,  # whether it saves its slots
+    MASKS: tl.constexpr,  # whether units beyond H must be kept at zero
+    NEEDS_H: tl.constexpr,  # whether its factors need the h before a step
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -103,23 +128,29 @@ def backward_kernel(
     S: tl.constexpr = 4 if G > 1 else 1
     dtype: tl.constexpr = w.dtype.element_ty
     WORDS: tl.constexpr = words(S, PROGRAMS, dtype)
+    K: tl.constexpr = STATES - 1
+    WIDE: tl.constexpr = HEADS * H
     WIDTH: tl.constexpr = D * H
+    PADDED: tl.constexpr = MASKS and H % BLOCK_H != 0
     GROUP: tl.constexpr = PROGRAMS > 1
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     RAGGED: tl.constexpr = (offsets is not None) or (lengths is not None)
     ZONED: tl.constexpr = (zone_h is not None) or (zoneout is not None)
+    GATES: tl.constexpr = KEEPS or ZONED
     # c after a step is what the next one began with, unless that one began anew.
-    RELOADS: tl.constexpr = (reset is not None) and (STATES == 2 and not ZONED)
+    RELOADS: tl.constexpr = (reset is not None) and (K > 0 and not ZONED)
     program = tl.program_id(0)
     direction = first_direction + tl.program_id(2)
     d = direction.to(tl.int64)
+    side = d // HEADS
+    head = d % HEADS * H
     batch_tile = first_tile + tl.program_id(1)
     b0 = batch_tile * BLOCK_B
     b = tl.arange(0, BLOCK_B)[None, :]
     seq = b0 + b
     length = load_lengths(lengths, seq, B)
     steps = tile_steps(offsets, length, b0, T)
-    backwards = ((reverse >> direction) & 1) != 0
+    backwards = ((reverse >> (direction // HEADS)) & 1) != 0
     t = tl.where(backwards, 0, steps - 1)
     dt = tl.where(backwards, 1, -1)
     if GROUP:
@@ -132,30 +163,37 @@ def backward_kernel(
     u = u0 + tl.arange(0, BLOCK_H)[:, None]
     m = u0 * WORDS + tl.arange(0, WORDS * BLOCK_H)[:, None]
     gate_at = b * (WORDS * H) + m
-    state_at = b * WIDTH + u
-    first_at = b * H + u
-    first_row = (d * B + b0) * H
+    first = sequence_place(side * B + b0, head, b, u, WIDE, K)
     mine = (u < H) & (seq < B)
     column = b0.to(tl.int64) * WIDTH + d * H
+    column_c = b0.to(tl.int64) * (K * WIDTH) + side * (K * WIDE) + head
     if WORDS < S:
         gates = gates.to(tl.pointer_type(tl.int64))
         dgates = dgates.to(tl.pointer_type(tl.int64))
     dgates += (d * N + b0) * (WORDS * H)
-    states += column
-    if G > 1 or ZONED:
+    if GATES:
         gates += (d * N + b0) * (WORDS * H)
-    if G > 1:
-        initial += first_row
-    if reset is not None:
-        reset += d * N
-    if restart is not None:
-        restart += d * H
+    if out is not None:
+        out += column
     if dout is not None:
         dout += column
+    if zone_h is not None:
+        zone_h += column
+    if c_seq is not None:
+        c_seq += column_c
     if dc_seq is not None:
-        dc_seq += column
-    memory = (gates, states, initial, reset, restart)
-    places = (gate_at, state_at, first_at, seq, u, m, mine)
+        dc_seq += column_c
+    if zone_c is not None:
+        zone_c += column_c
+    if reset is not None:
+        reset += side * N
+    if restart_h is not None:
+        restart_h += side * WIDE + head
+    if restart_c is not None:
+        restart_c += side * (K * WIDE) + head
+    memory = (gates, out, c_seq, h0, c0, reset, restart_h, restart_c)
+    places = (gate_at, first, b, seq, u, m, mine)
+    params = load_vectors(vectors, side * (P * WIDE) + head, u, H, WIDE, P)
 
     # A product with zeros before the loop reads the weights into registers (see weights.py), and
     # leaves dh in the layout of a product, which the whole step takes over from it if the product
@@ -175,53 +213,61 @@ def backward_kernel(
     else:
         dh = nothing
     none = pin(none, dh, zero)
-    dh = add_gradient(dh, load_gradient(dh_n, first_row, first_at, mine))
-    dc = add_gradient(none, load_gradient(dc_n, first_row, first_at, mine))
-    restarted = (none, none)
+    grads = with_h(dh, repeat(none, STATES))
+    last_dc = load_others(dc_n, first, mine, WIDE, STATES)
+    grads = add_gradients(grads, load_gradient(dh_n, first, mine), last_dc)
+    restarted = repeat(none, STATES)
+    vector_grads = repeat(none, P)
     if drop is not None:
-        dropped = tl.load(drop + first_row + first_at, mask=mine, other=0.0).to(tl.float32)
-        dropped = pin(dropped, dh, zero)
+        dropped = tl.load(drop + first[0] + first[1], mask=mine, other=0.0).to(tl.float32)
+        dropped = pin(dropped, grads[0], zero)
 
     row, count = step_rows(offsets, length, t, T, B)
     next_row, next_count = step_rows(offsets, length, t + dt, T, B)
     here = (u < H) & (seq < count)
-    x, before = load_step(memory, row, count, next_row, next_count, places, G, D, H, WORDS, ZONED)
-    at = row.to(tl.int64) * WIDTH
+    x, loaded = load_step(
+        memory, row, count, next_row, next_count, places, GATES, NEEDS_H, STATES, D, H, WIDE, WORDS
+    )
+    last = row_place(row, 0, 0, b, u, WIDTH, K)
     if ZONED:
-        keep = load_keep(zone_h, zone_c, zoneout, at + column + state_at, here, STATES)
-    dh = add_gradient(dh, load_gradient(dout, at, state_at, here))
-    dc = add_gradient(dc, load_gradient(dc_seq, at, state_at, here))
-    now = none
-    if STATES == 2:
-        now = pin(tl.load(states + at + state_at, mask=here, other=0.0), dh, zero)
-    before = pin(before, dh, zero)
-    saved = unpack(pin(from_memory(x, dtype, S, BLOCK_H, BLOCK_B), dh, zero), S)
-    if ZONED and STATES == 2:
-        now = CELL_STATE(saved, before)
-    factors = FACTORS(saved, now, before, FAST)
+        keep = load_keep(zone_h, zone_c, zoneout, last, here, WIDE, STATES)
+    last_dc = load_others(dc_seq, last, here, WIDE, STATES)
+    grads = add_gradients(grads, load_gradient(dout, last, here), last_dc)
+    before = pin_before(loaded, none, grads[0], zero, NEEDS_H)
+    saved = unpack(pin(from_memory(x, dtype, S, BLOCK_H, BLOCK_B), grads[0], zero), S)
+    if ZONED and K > 0:
+        now = OTHERS(saved, before, params, FAST)
+    else:
+        now = pin_all(load_others(c_seq, last, here, WIDE, STATES), grads[0], zero)
+    factors = FACTORS(saved, now, before, params, FAST)
     once = (steps > 0).to(tl.int32)
     step = 0
     while step < steps:  # no `for`, see the forward sweep
         after_row, after_count = step_rows(offsets, length, t + 2 * dt, T, B)
-        x, earlier = load_step(
-            memory, next_row, next_count, after_row, after_count, places, G, D, H, WORDS, ZONED
-        )
+        x, loaded = load_step(
+            memory, next_row, next_count, after_row, after_count, places, GATES, NEEDS_H, STATES,
+            D, H, WIDE, WORDS,
+        )  # fmt: skip
+        stored = (u < H) & (seq < count)
         here = (u < H) & (seq < next_count)
-        at = next_row.to(tl.int64) * WIDTH
+        place = row_place(next_row, 0, 0, b, u, WIDTH, K)
         if reset is not None:
             resets = load_reset(reset, row, seq, seq < count)
         if RELOADS:
-            ended = tl.load(states + at + state_at, mask=here, other=0.0)
-        next_dout = load_gradient(dout, at, state_at, here)
-        next_dc_seq = load_gradient(dc_seq, at, state_at, here)
+            ended = load_others(c_seq, place, here, WIDE, STATES)
+        next_dout = load_gradient(dout, place, here)
+        next_dc_seq = load_others(dc_seq, place, here, WIDE, STATES)
 
         if ZONED:  # what is kept passes the cell by
-            kept_dh, kept_dc = keep[0] * dh, keep[STATES - 1] * dc
-            keep = load_keep(zone_h, zone_c, zoneout, at + column + state_at, here, STATES)
-            slots, direct, new_dc = ADJOINT(factors, dh - kept_dh, dc - kept_dc, none)
-            direct, new_dc = direct + kept_dh, new_dc + kept_dc
+            kept, left = split_kept(keep, grads)
+            keep = load_keep(zone_h, zone_c, zoneout, place, here, WIDE, STATES)
+            slots, direct, dparams = ADJOINT(factors, left, none)
+            direct = add(direct, kept)
         else:
-            slots, direct, new_dc = ADJOINT(factors, dh, dc, none)
+            slots, direct, dparams = ADJOINT(factors, grads, none)
+        if PADDED:
+            slots = clear(u >= H, slots)
+        vector_grads = add_where(stored, vector_grads, dparams)
         xs = operands(slots, dtype, G, BLOCK_H, BLOCK_B)
         if GROUP:
             exchanged = partials + (step % 2) * (PROGRAMS * PART)
@@ -232,19 +278,19 @@ def backward_kernel(
             arrive(counters, step, BLOCK_BARRIER)
         else:
             new_dh = multiply_transposed(
-                ws[0], xs, direct if drop is None else none, none, MS, PRECISION
+                ws[0], xs, direct[0] if drop is None else none, none, MS, PRECISION
             )
         y = to_memory(slots, dtype, WORDS, BLOCK_H, BLOCK_B)
         store_gates(dgates, row, gate_at, y, (m < WORDS * H) & (seq < count), WORDS * H)
 
         # In a group, only sums of partials reach dh: its layout is then not that of a product.
-        ref = dh if GROUP else slots[0]
-        now = pin(ended, ref, zero) if RELOADS else before
-        before = pin(earlier, ref, zero)
+        ref = grads[0] if GROUP else slots[0]
+        now = pin_all(ended, ref, zero) if RELOADS else beside_h(before)
+        before = pin_before(loaded, none, ref, zero, NEEDS_H)
         saved = unpack(pin(from_memory(x, dtype, S, BLOCK_H, BLOCK_B), ref, zero), S)
-        if ZONED and STATES == 2:
-            now = CELL_STATE(saved, before)
-        factors = FACTORS(saved, now, before, FAST)
+        if ZONED and K > 0:
+            now = OTHERS(saved, before, params, FAST)
+        factors = FACTORS(saved, now, before, params, FAST)
 
         if GROUP:
             wait(counters, step, PROGRAMS, BLOCK_BARRIER)
@@ -253,20 +299,21 @@ def backward_kernel(
         if drop is not None:
             new_dh = dropped * new_dh
         if GROUP or drop is not None:
-            new_dh = direct + new_dh
-        new = clip_gradients((new_dh, new_dc), clip)
+            new_dh = direct[0] + new_dh
+        new = clip_gradients(with_h(new_dh, direct), clip)
         if reset is not None:
             if drestart_h is not None:
                 restarted = add_where(resets, restarted, new)
-            new = select(resets, (0.0, 0.0), new)
+            new = clear(resets, new)
         if RAGGED:
-            new = select(seq < count, new, (dh, dc))
-        dh, dc = add_gradient(new[0], next_dout), add_gradient(new[1], next_dc_seq)
+            new = select(seq < count, new, grads)
+        grads = add_gradients(new, next_dout, next_dc_seq)
         row, count, next_row, next_count = next_row, next_count, after_row, after_count
         t += dt
         step += 1
 
-    store_states((dh0, dc0) if STATES == 2 else (dh0,), first_row, first_at, (dh, dc), mine)
+    store_states(dh0, dc0, first, grads, mine, WIDE)
     if drestart_h is not None:
-        pointers = (drestart_h, drestart_c) if STATES == 2 else (drestart_h,)
-        store_states(pointers, first_row, first_at, restarted, mine)
+        store_states(drestart_h, drestart_c, first, restarted, mine, WIDE)
+    tile = (side * ((B + BLOCK_B - 1) // BLOCK_B) + batch_tile) * (P * WIDE) + head
+    store_vectors(dvectors, tile, u, vector_grads, H, WIDE)

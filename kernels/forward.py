@@ -21,16 +21,23 @@ from fused_rnn.kernels.options import (
     load_lengths,
     load_reset,
     load_restarts,
+)
+from fused_rnn.kernels.states import (
+    clear,
+    load_states,
+    load_vectors,
+    row_place,
     select,
+    sequence_place,
+    store_others,
+    store_states,
 )
 from fused_rnn.kernels.tiles import (
     from_memory,
     insert_recurrent_bias,
     load_gates,
-    load_states,
     step_rows,
     store_gates,
-    store_states,
     tile_steps,
     to_memory,
     unpack,
@@ -47,15 +54,16 @@ from fused_rnn.kernels.weights import (
 
 @sweep_kernel
 def forward_kernel(
-    gates,  # [D, N, H, S]
+    gates,  # [D, N, H, S]; D are directions, and H units, of one head each: see sweep.Sweep
     w,  # [D, G * H, H]
     bias,  # [D, H], the recurrent bias of GRU's n
+    vectors,  # [D, P, H], the cell's own parameters
     h0,  # [D, B, H]
-    c0,
+    c0,  # [D, B, K * H], all states beside h
     out,  # [N, D * H]
     h_n,  # [D, B, H]
-    c_n,
-    c_seq,  # [N, D * H]
+    c_n,  # [D, B, K * H]
+    c_seq,  # [N, D * K * H]
     operand_seq,  # [N, D * H]: the product's operand, where that is not h of the step before
     lengths,  # the next seven: see sweep.SweepOptions
     reset,
@@ -73,10 +81,14 @@ def forward_kernel(
     N,
     first_tile,  # of the batch, where not all fit one launch
     first_direction,
-    reverse,  # bit d: direction d runs from the last step to the first
+    reverse,  # bit d: direction d, with all its heads, runs from the last step to the first
     STEP: tl.constexpr,
     G: tl.constexpr,
     STATES: tl.constexpr,
+    P: tl.constexpr,  # the cell's own parameters
+    KEEPS: tl.constexpr,  # whether it saves its slots
+    MASKS: tl.constexpr,  # whether units beyond H must be kept at zero
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
     SAVE: tl.constexpr,
@@ -95,7 +107,10 @@ def forward_kernel(
     S: tl.constexpr = 4 if G > 1 else 1
     dtype: tl.constexpr = gates.dtype.element_ty
     WORDS: tl.constexpr = words(S, PROGRAMS, dtype)
+    K: tl.constexpr = STATES - 1
+    WIDE: tl.constexpr = HEADS * H
     WIDTH: tl.constexpr = D * H
+    PADDED: tl.constexpr = MASKS and H % BLOCK_H != 0
     GROUP: tl.constexpr = PROGRAMS > 1
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     RESIDENT: tl.constexpr = REGISTERS if REGISTERS < CHUNKS else CHUNKS
@@ -112,13 +127,15 @@ def forward_kernel(
     program = tl.program_id(0)
     direction = first_direction + tl.program_id(2)
     d = direction.to(tl.int64)
+    side = d // HEADS
+    head = d % HEADS * H
     batch_tile = first_tile + tl.program_id(1)
     b0 = batch_tile * BLOCK_B
     b = tl.arange(0, BLOCK_B)[None, :]
     seq = b0 + b
     length = load_lengths(lengths, seq, B)
     steps = tile_steps(offsets, length, b0, T)
-    backwards = ((reverse >> direction) & 1) != 0
+    backwards = ((reverse >> (direction // HEADS)) & 1) != 0
     t = tl.where(backwards, steps - 1, 0)
     dt = tl.where(backwards, -1, 1)
     if GROUP:
@@ -132,25 +149,26 @@ def forward_kernel(
     gate_at = b * (WORDS * H) + m
     gates += (d * N + b0) * (WORDS * H)
     column = b0.to(tl.int64) * WIDTH + d * H
+    column_c = b0.to(tl.int64) * (K * WIDTH) + side * (K * WIDE) + head
     state_at = b * WIDTH + u
-    first_at = b * H + u
-    first_row = (d * B + b0) * H
+    first = sequence_place(side * B + b0, head, b, u, WIDE, K)
     mine = (u < H) & (seq < B)
 
-    state = load_states((h0, c0) if STATES == 2 else (h0,), first_row, first_at, mine)
+    params = load_vectors(vectors, side * (P * WIDE) + head, u, H, WIDE, P)
+    state = load_states(h0, c0, first, mine, WIDE, STATES)
     if (ZONED or (reset is not None)) or (operand_seq is not None):  # not sooner than it is needed
         row, count = step_rows(offsets, length, t, T, B)
     if ZONED:
-        at = row.to(tl.int64) * WIDTH + column + state_at
-        keep = load_keep(zone_h, zone_c, zoneout, at, (u < H) & (seq < count), STATES)
+        begin = row_place(row, column, column_c, b, u, WIDTH, K)
+        keep = load_keep(zone_h, zone_c, zoneout, begin, (u < H) & (seq < count), WIDE, STATES)
     if reset is not None:
-        reset += d * N
+        reset += side * N
         resets = load_reset(reset, row, seq, seq < count)
-        restarts = load_restarts(restart_h, restart_c, d * H, u, H, STATES)
+        restarts = load_restarts(restart_h, restart_c, side, head, u, H, WIDE, STATES)
         state = select(resets, restarts, state)
     operand = state[0]
     if drop is not None:
-        dropped = tl.load(drop + first_row + first_at, mask=mine, other=0.0).to(tl.float32)
+        dropped = tl.load(drop + first[0] + first[1], mask=mine, other=0.0).to(tl.float32)
         operand = operand * dropped
     operand = operand.to(dtype)
     if operand_seq is not None:
@@ -161,7 +179,7 @@ def forward_kernel(
         bias_n = tl.load(bias + d * H + m // WORDS, mask=m < WORDS * H, other=0.0).to(dtype)
 
     w += d * (G * H * H)
-    h_at = h0 + first_row + b * H
+    h_at = h0 + first[0] + b * WIDE
     present = seq < B
     if IN_MEMORY and GROUP:
         arrive(counters, 0, BLOCK_BARRIER)
@@ -189,14 +207,17 @@ def forward_kernel(
         x = load_gates(gates, next_row, gate_at, (m < WORDS * H) & (seq < next_count), WORDS * H)
         after_row, after_count = step_rows(offsets, length, t + 2 * dt, T, B)
 
-        saved, new = STEP(pre if GROUP else unpack(pre[0], S), state, FAST)
+        saved, new = STEP(pre if GROUP else unpack(pre[0], S), state, params, FAST)
+        if PADDED:
+            new = clear(u >= H, new)
         if ZONED:
             new = blend(new, state, keep)
-            next_at = next_row.to(tl.int64) * WIDTH + column + state_at
-            keep = load_keep(zone_h, zone_c, zoneout, next_at, (u < H) & (seq < next_count), STATES)
+            next_place = row_place(next_row, column, column_c, b, u, WIDTH, K)
+            running = (u < H) & (seq < next_count)
+            keep = load_keep(zone_h, zone_c, zoneout, next_place, running, WIDE, STATES)
         state = select(seq < count, new, state) if RAGGED else new
         h = state[0].to(dtype)
-        c = state[STATES - 1]
+        ended = state
         stored = (u < H) & (seq < count)
         if reset is not None:
             next_resets = load_reset(reset, next_row, seq, seq < next_count)
@@ -205,7 +226,8 @@ def forward_kernel(
 
         # What others wait for is stored first, the rest while they read it. One program stores h
         # before or after its product, as ptxas makes the shorter step of it.
-        out_at = out + (row.to(tl.int64) * WIDTH + column)
+        place = row_place(row, column, column_c, b, u, WIDTH, K)
+        out_at = out + place[0]
         if operand_seq is not None:
             operand_at = operand_seq + next_row.to(tl.int64) * WIDTH + state_at
             tl.store(operand_at, operand, mask=(u < H) & (seq < next_count))
@@ -219,9 +241,8 @@ def forward_kernel(
             halves = multiply(ws, (operand,), once, G, RESIDENT, KS, MS, PRECISION)
         if not (GROUP or SAVE):
             tl.store(out_at + state_at, h, mask=stored)
-        if c_seq is not None:
-            tl.store(c_seq + (row.to(tl.int64) * WIDTH + column) + state_at, c, mask=stored)
-        if SAVE and (S == 4 or ZONED):
+        store_others(c_seq, place, ended, stored, WIDE)
+        if SAVE and (KEEPS or ZONED):
             y = to_memory(saved, dtype, WORDS, BLOCK_H, BLOCK_B)
             store_gates(gates, row, gate_at, y, (m < WORDS * H) & (seq < count), WORDS * H)
 
@@ -244,4 +265,4 @@ def forward_kernel(
         t += dt
         step += 1
 
-    store_states((h_n, c_n) if STATES == 2 else (h_n,), first_row, first_at, state, mine)
+    store_states(h_n, c_n, first, state, mine, WIDE)

@@ -20,7 +20,7 @@ from fused_rnn.kernels.plan import Plan
 # Slices of a stack's states and of a bias, and gradients from a user: their alignment changes with
 # B and H, and would double the kernels. They are read before the first step, or one state of them.
 ANY_ALIGNMENT = frozenset(
-    ("b_ih", "b_hh", "bias", "h0", "c0", "initial", "restart_h", "restart_c", "restart")
+    ("b_ih", "b_hh", "bias", "vectors", "h0", "c0", "restart_h", "restart_c")
     + ("dh_n", "dc_n", "lengths", "drop")
 )
 

@@ -32,10 +32,13 @@ def load_restart(restart, first, u, H: tl.constexpr):
 
 
 @triton.jit
-def load_restarts(restart_h, restart_c, first, u, H: tl.constexpr, STATES: tl.constexpr):
-    """`load_restart` of each state."""
-    states = (load_restart(restart_h, first, u, H),)
-    if STATES == 2:
+def load_restarts(
+    restart_h, restart_c, side, head, u, H: tl.constexpr, WIDE: tl.constexpr, STATES: tl.constexpr
+):
+    """`load_restart` of each state of a head; side: its direction."""
+    states = (load_restart(restart_h, side * WIDE + head, u, H),)
+    for k in tl.static_range(STATES - 1):
+        first = side * ((STATES - 1) * WIDE) + head + k * WIDE
         states = states + (load_restart(restart_c, first, u, H),)
     return states
 
@@ -50,12 +53,27 @@ def load_share(zone, zoneout, at, mask):
 
 
 @triton.jit
-def load_keep(zone_h, zone_c, zoneout, at, mask, STATES: tl.constexpr):
+def load_keep(
+    zone_h, zone_c, zoneout, place, mask, WIDE: tl.constexpr, STATES: tl.constexpr
+):  # fmt: skip
     """`load_share` of each state."""
-    keep = (load_share(zone_h, zoneout, at, mask),)
-    if STATES == 2:
+    keep = (load_share(zone_h, zoneout, place[0] + place[1], mask),)
+    for k in tl.static_range(STATES - 1):
+        at = place[2] + k * WIDE + place[3]
         keep = keep + (load_share(zone_c, zoneout, at, mask),)
     return keep
+
+
+@triton.jit
+def split_kept(keep, grads):
+    """What of the gradients passes the cell by, and what is left for it."""
+    kept = ()
+    left = ()
+    for i in tl.static_range(len(grads)):
+        x = keep[i] * grads[i]
+        kept = kept + (x,)
+        left = left + (grads[i] - x,)
+    return kept, left
 
 
 @triton.jit
@@ -69,41 +87,6 @@ def blend(new, old, keep):
             state = new[i] + keep[i] * (old[i] - new[i])
         states = states + (state,)
     return states
-
-
-@triton.jit
-def select(mask, a, b):
-    """`tl.where` of each state: a where the mask is set, else b."""
-    states = ()
-    for i in tl.static_range(len(a)):
-        states = states + (tl.where(mask, a[i], b[i]),)
-    return states
-
-
-@triton.jit
-def load_gradient(pointer, first, at, mask):
-    """The tile of a gradient from outside, None if there is no pointer."""
-    tile = None
-    if pointer is not None:
-        tile = tl.load(pointer + first + at, mask=mask, other=0.0)
-    return tile
-
-
-@triton.jit
-def add_gradient(x, other):
-    """The sum of a tile and what `load_gradient` returned."""
-    if other is not None:
-        x += other.to(tl.float32)
-    return x
-
-
-@triton.jit
-def add_where(mask, states, others):
-    """The states, with the others added where the mask is set."""
-    sums = ()
-    for i in tl.static_range(len(states)):
-        sums = sums + (states[i] + tl.where(mask, others[i], 0.0),)
-    return sums
 
 
 @triton.jit

@@ -34,9 +34,10 @@ class PlanRequest(NamedTuple):
         H: hidden units.
         dtype: of the weights.
         B: sequences.
-        D: directions.
+        D: directions, of heads each on its own.
         precision: of fp32 products.
         fast: allow approximate activations (16-bit types only).
+        heads: of each direction of the layer; H are the units of one, and D counts them all.
     """
 
     cell: KernelCell
@@ -46,6 +47,7 @@ class PlanRequest(NamedTuple):
     D: int
     precision: Precision = "tf32"
     fast: bool = True
+    heads: int = 1
 
     @property
     def itemsize(self) -> int:
@@ -86,6 +88,7 @@ class Plan:
         why: why not fewer programs.
         step_us: a guess of both sweeps' time per step in microseconds, all launches together;
             it ranks plans and is no measurement.
+        heads: what `reason` says of the heads of the layer, if it has any.
     """
 
     regime: Regime
@@ -106,6 +109,7 @@ class Plan:
     work: float = field(compare=False)
     step_us: float = field(compare=False)
     why: str = field(compare=False, default="")
+    heads: str = field(compare=False, default="")
 
     @cached_property
     def _hash(self) -> int:
@@ -118,7 +122,7 @@ class Plan:
     @cached_property
     def reason(self) -> str:
         """The plan and what led to it."""
-        text = f"{self}; {self.weight_registers} registers of a thread hold weights, "
+        text = f"{self.heads}{self}; {self.weight_registers} registers of a thread hold weights, "
         text += f"up to {self.shared // 1024} KiB of shared memory, {self.work:.2f} of the products"
         text += " that are needed"
         return f"{text}. {self.why}" if self.why else text

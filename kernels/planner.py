@@ -16,6 +16,8 @@ from fused_rnn.kernels.plan import DoesNotFit, Plan, PlanRequest
 
 WORKING = 120  # registers per thread beside the weights: 80 to 115 in the compiled kernels
 WORKING_SHARED = 155  # the same if tiles from shared memory pass through registers, too
+STATES, FACTORS = 2, 6  # of the LSTM, which has most of the cells that those were counted for
+TILES = 14  # of its step in registers at once: slots, factors, states
 MOST_CHUNKS = 8  # of h in registers, see `weights.load_h`
 MOST_WORK = 1.35  # padded over needed, if a group can have less
 STAGES = 3  # tiles of streamed weights under way
@@ -63,13 +65,26 @@ def _least_work(plans: list[Plan]) -> list[Plan]:
 def _plan(request: PlanRequest, limits: Limits, **parts: Any) -> Plan:
     """The plan of the given parts, with what follows from them."""
     fast = request.fast and request.itemsize == 2 and limits.fast_tanh
-    plan = Plan(directions=request.D, fast=fast, work=0.0, step_us=0.0, **parts)
+    heads = f"{request.heads} heads of {request.H}; " if request.heads > 1 else ""
+    plan = Plan(directions=request.D, fast=fast, work=0.0, step_us=0.0, heads=heads, **parts)
     columns = -(-request.H // plan.block_k) * plan.block_k
     work = plan.programs * plan.block_h * columns / request.H**2
     plan = replace(plan, work=work)
     if plan.programs > 1:
         plan = replace(plan, **_residency(request, limits, plan))
     return replace(plan, step_us=step_us(request, plan, limits))
+
+
+def _more_registers(request: PlanRequest, limits: Limits, units: int, warps: int, b: int) -> int:
+    """Registers per thread for what a cell's step has more than that of an LSTM.
+
+    The reverse sweep has each state twice, as it was and as its gradient, and each parameter with
+    the sum of its gradients. What an LSTM needs was counted for 4 elements of a tile in a thread.
+    """
+    cell = request.cell
+    tiles = 2 * (cell.states - STATES) + 2 * cell.parameters + cell.factors - FACTORS
+    elements = units * b // (warps * limits.warp)
+    return tiles * elements + TILES * max(0, elements - 4) if tiles > 0 else 0
 
 
 def _persistent(request: PlanRequest, limits: Limits) -> Plan:
@@ -87,7 +102,7 @@ def _persistent(request: PlanRequest, limits: Limits) -> Plan:
 
     weight_bytes = gates * block_h * block_h * itemsize
     weight_registers = weight_bytes // (4 * limits.warp * warps)
-    room = limits.registers - WORKING
+    room = limits.registers - WORKING - _more_registers(request, limits, block_h, warps, 8)
     if weight_registers > room:
         held = room * 4 * limits.warp * warps
         raise DoesNotFit(
@@ -97,6 +112,9 @@ def _persistent(request: PlanRequest, limits: Limits) -> Plan:
     # The chip is full with tiles of 8: larger ones then share the fixed cost of a step.
     tiles = -(-request.B // 8) * request.D
     wide = tiles > limits.sms and weight_registers * itemsize <= 256 and not request.ieee
+    more = _more_registers(request, limits, block_h, warps, 16)
+    if more > 0 and weight_registers > limits.registers - WORKING - more:
+        wide = False
     block_b = 16 if wide else 8
 
     shared = _persistent_shared(request, limits, block_h, block_b, split)
@@ -164,8 +182,9 @@ def _cooperative(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
             count = -(-H // block_k)
             tile_registers = gates * block_h * block_k * itemsize // (128 * warps)
             chunks = count
-            if count * tile_registers > limits.registers - WORKING:
-                chunks = (limits.registers - WORKING_SHARED) // tile_registers
+            more = _more_registers(request, limits, block_h, warps, block_b)
+            if count * tile_registers > limits.registers - WORKING - more:
+                chunks = max(0, limits.registers - WORKING_SHARED - more) // tile_registers
             tile = min(2, gates) * block_h * block_k * itemsize
             kept = (count - chunks) * gates * block_h * block_k * itemsize
             shared = kept + tile + _exchange(request, block_h, block_k, block_b, k_split, warps)

@@ -35,10 +35,10 @@ class SweepOptions:
     Attributes:
         lengths: steps of each sequence of a uniform batch, int32 [B].
         reset: uint8 [D, N], whether a row's step begins anew.
-        restart_h: [D, H], the state that it begins with, or None for zeros.
-        restart_c: [D, H], or None for zeros.
+        restart_h: [D, H], the h that it begins with, or None for zeros.
+        restart_c: [D, K * H], the states beside h, or None for zeros.
         zone_h: uint8 [N, D * H], whether a unit keeps its h in a row's step.
-        zone_c: uint8 [N, D * H], whether it keeps its c.
+        zone_c: uint8 [N, D * K * H], whether it keeps each of the states beside h.
         zoneout: without such masks, how much of the old state is kept.
         drop: [D, B, H], factors of h on its way into the recurrent product.
         clip: bound of the gradients of the states from step to step.
@@ -59,10 +59,17 @@ class SweepOptions:
         """Whether a state is more than what the cell's step returns."""
         return self.zone_h is not None or self.zoneout is not None
 
-    def tensors(self, **restarts: Tensor | None) -> dict[str, Tensor | None]:
-        """As the kernels take them, in their order, the states of a new segment by name."""
-        masks = {"zone_h": self.zone_h, "zone_c": self.zone_c, "drop": self.drop}
-        return {"lengths": self.lengths, "reset": self.reset} | restarts | masks
+    def tensors(self) -> dict[str, Tensor | None]:
+        """As the kernels take them, in their order."""
+        return {
+            "lengths": self.lengths,
+            "reset": self.reset,
+            "restart_h": self.restart_h,
+            "restart_c": self.restart_c,
+            "zone_h": self.zone_h,
+            "zone_c": self.zone_c,
+            "drop": self.drop,
+        }
 
     @property
     def operand_differs(self) -> bool:
@@ -73,8 +80,31 @@ class SweepOptions:
 NONE = SweepOptions()
 
 
+class Gradients(NamedTuple):
+    """What a reverse sweep finds; all but dgates in fp32.
+
+    Attributes:
+        dgates: [D, N, H, S] in the dtype of the weights, by slots.
+        dh0: [D, B, H].
+        dc0: [D, B, K * H], or None for a cell of one state.
+        drestart_h: [D, B, H], with a restart state.
+        drestart_c: [D, B, K * H], with a restart state of a cell with c.
+        dvectors: [D, batch tiles, P, H], to be summed over the tiles; None without parameters.
+    """
+
+    dgates: Tensor
+    dh0: Tensor
+    dc0: Tensor | None
+    drestart_h: Tensor | None
+    drestart_c: Tensor | None
+    dvectors: Tensor | None
+
+
 class Sweep(NamedTuple):
     """What both sweeps of a layer have in common.
+
+    The recurrent weights of a head are its own, and its units meet no others: to the kernels each
+    head is a direction of its own, with columns of its own in what all heads of a direction share.
 
     Attributes:
         cell: the cell.
@@ -83,6 +113,7 @@ class Sweep(NamedTuple):
         precision: "ieee" or "tf32", for fp32 products.
         plan: how they run, see `planner.make_plan`.
         options: what they do beside a plain recurrence.
+        heads: of each direction.
     """
 
     cell: KernelCell
@@ -91,6 +122,7 @@ class Sweep(NamedTuple):
     precision: Precision
     plan: Plan
     options: SweepOptions = NONE
+    heads: int = 1
 
     def empty(self, *shape: int, dtype: torch.dtype, like: Tensor) -> Tensor:
         """Memory that a sweep fills; zeros where it leaves out steps beyond a sequence's end."""

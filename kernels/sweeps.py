@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from fused_rnn.kernels.group import compile_target
 from fused_rnn.kernels.launch import Launch, launch
 from fused_rnn.kernels.plan import Plan
-from fused_rnn.kernels.sweep import Sweep
+from fused_rnn.kernels.sweep import Gradients, Sweep
 from fused_rnn.kernels.variants import forward_variant, reverse_variant
 
 
@@ -22,8 +22,8 @@ class ForwardResult(NamedTuple):
 
     Attributes:
         h_n: [D, B, H] in the dtype of out.
-        c_n: [D, B, H] in the dtype of out, or None for a cell without c.
-        c_seq: c after every step [N, D * H] in fp32, if it was saved or wanted.
+        c_n: [D, B, K * H] in the dtype of out, or None for a cell of one state.
+        c_seq: c after every step [N, D * K * H] in fp32, if it was saved or wanted.
         operand: what the recurrent product of each step took [N, D * H], if not h0 or out.
     """
 
@@ -31,24 +31,6 @@ class ForwardResult(NamedTuple):
     c_n: Tensor | None
     c_seq: Tensor | None
     operand: Tensor | None
-
-
-class Gradients(NamedTuple):
-    """What a reverse sweep finds; all but dgates in fp32.
-
-    Attributes:
-        dgates: [D, N, H, S] in the dtype of the weights, by slots.
-        dh0: [D, B, H].
-        dc0: [D, B, H], or None for a cell without c.
-        drestart_h: [D, B, H], with a restart state.
-        drestart_c: [D, B, H], with a restart state of a cell with c.
-    """
-
-    dgates: Tensor
-    dh0: Tensor
-    dc0: Tensor | None
-    drestart_h: Tensor | None
-    drestart_c: Tensor | None
 
 
 def forward_sweep(
@@ -62,10 +44,11 @@ def forward_sweep(
     *,
     save: bool,
     cells: bool = False,
+    vectors: Tensor | None = None,
 ) -> ForwardResult:
     """Run the recurrence of one layer; arguments as of `prepare_forward`."""
     what, result = prepare_forward(
-        sweep, gates, weight_hh, bias_hn, h0, c0, out, save=save, cells=cells
+        sweep, gates, weight_hh, bias_hn, h0, c0, out, save, cells, vectors
     )
     launch(what)
     return result
@@ -83,10 +66,11 @@ def reverse_sweep(
     dh_n: Tensor | None,
     dc_n: Tensor | None,
     dc_seq: Tensor | None = None,
+    vectors: Tensor | None = None,
 ) -> Gradients:
     """Back-propagate through the recurrence of one layer; arguments as of `prepare_reverse`."""
     grads = dout, dh_n, dc_n, dc_seq
-    what, result = prepare_reverse(sweep, gates, c_seq, out, weight_hh, h0, c0, *grads)
+    what, result = prepare_reverse(sweep, gates, c_seq, out, weight_hh, h0, c0, *grads, vectors)
     launch(what)
     return result
 
@@ -101,9 +85,13 @@ def prepare_forward(
     out: Tensor,
     save: bool,
     cells: bool = False,
+    vectors: Tensor | None = None,
     target: GPUTarget | None = None,
 ) -> tuple[Launch, ForwardResult]:
     """What is to be launched for the recurrence of one layer, and what it will fill.
+
+    With ``k`` heads gates, weight_hh and bias_hn are those of ``D * k`` directions of ``H / k``
+    units; all other tensors are those of D directions of H units.
 
     Args:
         sweep: the layer.
@@ -112,44 +100,52 @@ def prepare_forward(
         weight_hh: [D, G * H, H] in torch's order, in the dtype of gates.
         bias_hn: [D, H], of a gate whose recurrent part has a slot of its own (n of a GRU).
         h0: [D, B, H].
-        c0: [D, B, H], or None for a cell without c.
+        c0: [D, B, K * H], all states beside h one after the other; None for a cell of one state.
         out: [N, D * H], written.
         save: whether a reverse sweep will follow.
         cells: whether c of all steps is wanted without save, too.
+        vectors: [D, P, H], the cell's own parameters.
         target: what is compiled for; by default the current device.
     """
-    _, layout, _, _, plan, options = sweep
     D, N, H, _ = gates.shape
-    h_n = out.new_empty(D, layout.B, H)
-    c_n = c_seq = operand = None
-    if sweep.cell.states == 2:
-        c_n = torch.empty_like(h_n)
-        if save or cells:
-            c_seq = sweep.empty(N, D * H, dtype=torch.float32, like=out)
-    group, ragged = plan.programs > 1, layout.offsets is not None
-    if (options.operand_differs and (save or group)) or (ragged and group):
-        operand = sweep.empty(N, D * H, dtype=out.dtype, like=out)
-    if options.lengths is not None:
-        out.zero_()
+    result = _outputs(sweep, N, D // sweep.heads, H * sweep.heads, out, save, cells)
     tensors = {
         "gates": gates,
         "w": weight_hh,
         "bias": bias_hn,
+        "vectors": vectors,
         "h0": h0,
         "c0": c0,
         "out": out,
-        "h_n": h_n,
-        "c_n": c_n,
-        "c_seq": c_seq,
-        "operand_seq": operand,
-        **options.tensors(restart_h=options.restart_h, restart_c=options.restart_c),
-        "offsets": layout.offsets,
+        "h_n": result.h_n,
+        "c_n": result.c_n,
+        "c_seq": result.c_seq,
+        "operand_seq": result.operand,
+        **sweep.options.tensors(),
+        "offsets": sweep.layout.offsets,
         "counters": None,
     }
-    numbers = {"zoneout": options.zoneout, "scale": 1.0} | sweep.numbers()
-    variant = forward_variant(sweep, H, save, _target(plan, out, target))
-    result = ForwardResult(h_n, c_n, c_seq, operand)
-    return Launch(variant, plan, D, out.device, tensors, numbers), result
+    numbers = {"zoneout": sweep.options.zoneout, "scale": 1.0} | sweep.numbers()
+    variant = forward_variant(sweep, H, save, _target(sweep.plan, out, target))
+    return Launch(variant, sweep.plan, D, out.device, tensors, numbers), result
+
+
+def _outputs(
+    sweep: Sweep, N: int, D: int, H: int, out: Tensor, save: bool, cells: bool
+) -> ForwardResult:
+    """Memory for what the forward sweep writes beside out, of D directions of H units."""
+    B, K, plan, options = sweep.layout.B, sweep.cell.states - 1, sweep.plan, sweep.options
+    c_n = c_seq = operand = None
+    if K > 0:
+        c_n = out.new_empty(D, B, K * H)
+        if save or cells:
+            c_seq = sweep.empty(N, D * K * H, dtype=torch.float32, like=out)
+    group, ragged = plan.programs > 1, sweep.layout.offsets is not None
+    if (options.operand_differs and (save or group)) or (ragged and group):
+        operand = sweep.empty(N, D * H, dtype=out.dtype, like=out)
+    if options.lengths is not None:
+        out.zero_()
+    return ForwardResult(out.new_empty(D, B, H), c_n, c_seq, operand)
 
 
 def prepare_reverse(
@@ -164,65 +160,80 @@ def prepare_reverse(
     dh_n: Tensor | None,
     dc_n: Tensor | None,
     dc_seq: Tensor | None = None,
+    vectors: Tensor | None = None,
     *,
     target: GPUTarget | None = None,
 ) -> tuple[Launch, Gradients]:
     """What is to be launched to go back through a recurrence, and what it will fill.
 
     Args:
-        sweep: the layer, as in the forward sweep.
-        gates: as the forward sweep left them; None for one slot without zoneout. Not modified.
-        c_seq: c after every step [N, D * H], or None for a cell without c.
+        sweep: as in the forward sweep.
+        gates: as the forward sweep left them, if it did. Not modified.
+        c_seq: c after every step [N, D * K * H], or None for a cell of one state.
         out: [N, D * H].
         weight_hh: as in the forward sweep.
-        h0: [D, B, H].
-        c0: [D, B, H], or None for a cell without c.
+        h0: as in the forward sweep.
+        c0: as in the forward sweep.
         dout: gradient of out [N, D * H], or None for zeros.
         dh_n: gradient of h_n [D, B, H], or None for zeros.
-        dc_n: gradient of c_n [D, B, H], or None for zeros.
-        dc_seq: gradient of c_seq [N, D * H], or None for zeros.
+        dc_n: gradient of c_n [D, B, K * H], or None for zeros.
+        dc_seq: gradient of c_seq [N, D * K * H], or None for zeros.
+        vectors: as in the forward sweep.
         target: what is compiled for; by default the current device.
     """
-    cell, layout, _, _, plan, options = sweep
+    cell, plan, options = sweep.cell, sweep.plan, sweep.options
     D, _, H = weight_hh.shape
-    states, initial, restart = out, h0, options.restart_h
-    if cell.states == 2:
-        states, initial, restart = c_seq, c0, options.restart_c  # type: ignore[assignment]
-    initial, restart = (  # read in the type of states, where the state before a step is needed
-        None if t is None or cell.slots == 1 else t.to(states.dtype) for t in (initial, restart)
-    )
+    reads_out = cell.needs_h or not (cell.keeps_gates or options.zoned)
     result = _gradients(sweep, D, H, weight_hh.dtype, out)
     tensors = {
-        "gates": gates if cell.slots == 4 or options.zoned else None,
+        "gates": gates if cell.keeps_gates or options.zoned else None,
         "w": weight_hh,
-        "states": states,
-        "initial": initial,
+        "vectors": vectors,
+        "out": out if reads_out else None,
+        "c_seq": c_seq,
+        "h0": _like(h0, out) if cell.needs_h else None,
+        "c0": _like(c0, c_seq),
         "dout": dout,
         "dc_seq": dc_seq,
         "dh_n": dh_n,
         "dc_n": dc_n,
         **result._asdict(),
-        **options.tensors(restart=restart),
-        "offsets": layout.offsets,
+        **options.tensors(),
+        "restart_h": _like(options.restart_h, out) if cell.needs_h else None,
+        "restart_c": _like(options.restart_c, c_seq),
+        "offsets": sweep.layout.offsets,
         "counters": None,
-        "partials": _partials(plan, layout.B, D, out),
+        "partials": _partials(plan, sweep.layout.B, D, out),
     }
-    numbers = {"zoneout": options.zoneout, "clip": options.clip, "scale": 1.0, "zero": 0}
-    numbers |= sweep.numbers()
+    own = {"zoneout": options.zoneout, "clip": options.clip, "scale": 1.0, "zero": 0}
     variant = reverse_variant(sweep, H, _target(plan, out, target))
-    return Launch(variant, plan, D, out.device, tensors, numbers), result
+    return Launch(variant, plan, D, out.device, tensors, own | sweep.numbers()), result
+
+
+def _like(state: Tensor | None, others: Tensor | None) -> Tensor | None:
+    """A state in the type of those of all steps, among which the kernel selects it by address."""
+    return None if state is None or others is None else state.to(others.dtype)
 
 
 def _gradients(sweep: Sweep, D: int, H: int, dtype: torch.dtype, like: Tensor) -> Gradients:
-    """Memory for what the reverse sweep writes."""
+    """Memory for what the reverse sweep writes; D and H of a head, as in `prepare_forward`."""
     cell, options, (_, B, N, _) = sweep.cell, sweep.options, sweep.layout
     dgates = sweep.empty(D, N, H, cell.slots, dtype=dtype, like=like)
-    dh0 = torch.empty(D, B, H, dtype=torch.float32, device=like.device)
-    dc0 = torch.empty_like(dh0) if cell.states == 2 else None
-    if options.reset is None or options.restart_h is None:
-        return Gradients(dgates, dh0, dc0, None, None)
-    drestart_c = None if dc0 is None else torch.empty_like(dc0)
-    return Gradients(dgates, dh0, dc0, torch.empty_like(dh0), drestart_c)
+    D, H, K = D // sweep.heads, H * sweep.heads, cell.states - 1
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+    restarted = options.reset is not None and options.restart_h is not None
+    tiles = -(-B // sweep.plan.block_b)
+    return Gradients(
+        dgates,
+        empty(D, B, H),
+        empty(D, B, K * H) if K else None,
+        empty(D, B, H) if restarted else None,
+        empty(D, B, K * H) if restarted and K else None,
+        empty(D, tiles, cell.parameters, H) if cell.parameters else None,
+    )
 
 
 def _partials(plan: Plan, B: int, D: int, like: Tensor) -> Tensor | None:

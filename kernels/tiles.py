@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fused_rnn.kernels.options import load_reset
+from fused_rnn.kernels.states import row_place
 
 
 @triton.jit
@@ -104,52 +105,51 @@ def store_gates(gates, row, gate_at, x, mask, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_states(pointers, first, at, mask):
-    """The states of a cell, (h,) or (h, c), in fp32."""
-    states = ()
-    for i in tl.static_range(len(pointers)):
-        states = states + (tl.load(pointers[i] + first + at, mask=mask, other=0.0).to(tl.float32),)
-    return states
-
-
-@triton.jit
-def store_states(pointers, first, at, states, mask):
-    """The inverse of `load_states`, in the type of each pointer."""
-    for i in tl.static_range(len(pointers)):
-        to = pointers[i] + first + at
-        tl.store(to, states[i].to(to.dtype.element_ty), mask=mask)
+def load_before(state, began, initial, resets, restart, restart_at, mine):
+    """A state before a step: of the step before, else the initial one, or that of a new segment."""
+    at = tl.where(began, state, initial)
+    mask = mine
+    if resets is not None:
+        if restart is None:
+            mask = mask & (resets == 0)
+        else:
+            at = tl.where(resets, restart + restart_at, at)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def load_step(
-    memory, row, count, before_row, before_count, places, G: tl.constexpr, D: tl.constexpr,
-    H: tl.constexpr, WORDS: tl.constexpr, ZONED: tl.constexpr,
+    memory, row, count, before_row, before_count, places, GATES: tl.constexpr,
+    NEEDS_H: tl.constexpr, STATES: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    WIDE: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """What the factors of a step need, as it is loaded: its saved gates, the state before it.
+    """What the factors of a step need, as it is loaded: its saved slots, the states before it.
 
-    A cell without saved gates (RNN) needs its output instead, and no state before it.
+    Without GATES the output is the one saved slot. Of the states, h is left out if nobody needs it.
     """
-    gates, states, initial, reset, restart = memory
-    gate_at, state_at, first_at, seq, u, m, mine = places
-    if G == 1 and not ZONED:
-        mask = (u < H) & (seq < count)
-        x = tl.load(states + row.to(tl.int64) * (D * H) + state_at, mask=mask, other=0.0)
-        return x, x
-    else:
+    gates, out, c_seq, h0, c0, reset, restart_h, restart_c = memory
+    gate_at, first, b, seq, u, m, mine = places
+    if GATES:
         x = load_gates(gates, row, gate_at, (m < WORDS * H) & (seq < count), WORDS * H)
-        if G == 1:
-            return x, x.to(tl.float32)
-        else:
-            state = states + before_row.to(tl.int64) * (D * H) + state_at
-            at = tl.where(seq < before_count, state, initial + first_at)
-            mask = mine
-            if reset is not None:
-                resets = load_reset(reset, row, seq, seq < count)
-                if restart is None:
-                    mask = mask & (resets == 0)
-                else:
-                    at = tl.where(resets, restart + u, at)
-            return x, tl.load(at, mask=mask, other=0.0)
+    else:
+        here = row_place(row, 0, 0, b, u, D * H, STATES - 1)
+        x = tl.load(out + here[0] + here[1], mask=(u < H) & (seq < count), other=0.0)
+    resets = None
+    if reset is not None:
+        resets = load_reset(reset, row, seq, seq < count)
+    at = row_place(before_row, 0, 0, b, u, D * H, STATES - 1)
+    began = seq < before_count
+    before = ()
+    if NEEDS_H:
+        state = out + at[0] + at[1]
+        initial = h0 + first[0] + first[1]
+        before = (load_before(state, began, initial, resets, restart_h, u, mine),)
+    for k in tl.static_range(STATES - 1):
+        state = c_seq + at[2] + k * WIDE + at[3]
+        initial = c0 + first[2] + k * WIDE + first[3]
+        x_k = load_before(state, began, initial, resets, restart_c, k * WIDE + u, mine)
+        before = before + (x_k,)
+    return x, before
 
 
 @triton.jit
@@ -176,6 +176,27 @@ def pin(x, ref, zero):
     if len(x.shape) == 4:
         none = tl.join(tl.join(none, none), tl.join(none, none))
     return (x.to(tl.float32).to(tl.int32, bitcast=True) | none).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pin_all(states, ref, zero):
+    """`pin` of each."""
+    pinned = ()
+    for i in tl.static_range(len(states)):
+        pinned = pinned + (pin(states[i], ref, zero),)
+    return pinned
+
+
+@triton.jit
+def pin_before(states, none, ref, zero, NEEDS_H: tl.constexpr):
+    """All states before a step in the layout of ref, from those that `load_step` loaded.
+
+    Where nobody needs h, `none` has its place.
+    """
+    if NEEDS_H:
+        return pin_all(states, ref, zero)
+    else:
+        return (none,) + pin_all(states, ref, zero)
 
 
 @triton.jit

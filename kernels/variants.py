@@ -15,16 +15,15 @@ VARIANTS: dict[Any, tuple[CellFunctions, Variant]] = {}
 
 
 def forward_variant(sweep: Sweep, H: int, save: bool, target: GPUTarget | None) -> Variant:
-    """The forward sweep with H hidden units, for a group on a target."""
-    cell, _, reverse, precision, plan, _ = sweep
-    key = (plan, cell, len(reverse), H, save, precision, target)
+    """The forward sweep with H hidden units of a head, for a group on a target."""
+    cell, _, reverse, precision, plan, *_ = sweep
+    key = (plan, cell, len(reverse), sweep.heads, H, save, precision, target)
     functions, known = cell.functions(), VARIANTS.get(key)
     if known is not None and known[0] is functions and known[1].kernel is forward_kernel:
         return known[1]
-    constants = sweep_constants(plan, len(reverse), target) | {
+    constants = sweep_constants(plan, len(reverse) * sweep.heads, target) | {
         "STEP": functions.step,
-        "G": cell.gates,
-        "STATES": cell.states,
+        **_of_cell(sweep),
         "H": H,
         "SAVE": save,
         "KS": plan.k_split,
@@ -37,20 +36,20 @@ def forward_variant(sweep: Sweep, H: int, save: bool, target: GPUTarget | None) 
 
 
 def reverse_variant(sweep: Sweep, H: int, target: GPUTarget | None) -> Variant:
-    """The reverse sweep with H hidden units, for a group on a target."""
-    cell, _, reverse, precision, plan, _ = sweep
-    key = (plan, cell, len(reverse), H, precision, target)
+    """The reverse sweep with H hidden units of a head, for a group on a target."""
+    cell, _, reverse, precision, plan, *_ = sweep
+    key = (plan, cell, len(reverse), sweep.heads, H, precision, target)
     functions, known = cell.functions(), VARIANTS.get(key)
     if known is not None and known[0] is functions and known[1].kernel is backward_kernel:
         return known[1]
     # As many programs' partial sums at a time as fill the threads with 16 bytes each.
     together = 128 * plan.warps // (plan.block_h * plan.block_b)
-    constants = sweep_constants(plan, len(reverse), target) | {
+    constants = sweep_constants(plan, len(reverse) * sweep.heads, target) | {
         "FACTORS": functions.factors,
         "ADJOINT": functions.adjoint,
-        "CELL_STATE": functions.cell_state,
-        "G": cell.gates,
-        "STATES": cell.states,
+        "OTHERS": functions.others,
+        **_of_cell(sweep),
+        "NEEDS_H": cell.needs_h,
         "H": H,
         "MS": plan.k_split * plan.m_split,
         "TOGETHER": max(1, min(8, together)),
@@ -59,3 +58,15 @@ def reverse_variant(sweep: Sweep, H: int, target: GPUTarget | None) -> Variant:
     variant = Variant(backward_kernel, constants, launch_options(plan))
     VARIANTS[key] = functions, variant
     return variant
+
+
+def _of_cell(sweep: Sweep) -> dict[str, Any]:
+    cell = sweep.cell
+    return {
+        "G": cell.gates,
+        "STATES": cell.states,
+        "P": cell.parameters,
+        "KEEPS": cell.keeps_gates,
+        "MASKS": cell.masks_padding,
+        "HEADS": sweep.heads,
+    }

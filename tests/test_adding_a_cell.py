@@ -239,5 +239,5 @@ def test_slots_that_the_kernels_do_not_have(
 
 
 def test_states_that_the_kernels_do_not_have() -> None:
-    with pytest.raises(ValueError, match="and 3 states"):
-        kernel_cell((0,), (0,), states=3)
+    with pytest.raises(ValueError, match="and 5 states"):
+        kernel_cell((0,), (0,), states=5)

@@ -175,7 +175,7 @@ def test_numbers_of_another_type(kernels: dict[str, IdleKernel]) -> None:
         assert (type(value), value) == (float, 7)
     plan, variant = an_rnn()
     kernel = kernels["forward_kernel"]
-    tensors, names = dict.fromkeys(kernel.arg_names[:19]), kernel.arg_names[19:27]
+    tensors, names = dict.fromkeys(kernel.arg_names[:20]), kernel.arg_names[20:28]
     for zoneout, count in ((None, 1), (0.5, 2), (1, 3), (0.25, 3), (None, 3)):
         numbers = dict.fromkeys(names, 1) | {"zoneout": zoneout}
         what = launch.Launch(variant, plan, 1, torch.device("cpu"), dict(tensors), numbers)
@@ -185,8 +185,8 @@ def test_numbers_of_another_type(kernels: dict[str, IdleKernel]) -> None:
 
 def test_rows_beyond_32_bits(kernels: dict[str, IdleKernel]) -> None:
     plan, variant = an_rnn()
-    tensors = dict.fromkeys(kernels["forward_kernel"].arg_names[:19])
-    names = kernels["forward_kernel"].arg_names[19:27]
+    tensors = dict.fromkeys(kernels["forward_kernel"].arg_names[:20])
+    names = kernels["forward_kernel"].arg_names[20:28]
     for N, found in ((100, 1), (100, 1), (2**31, 2), (100, 2), (2**31, 2)):
         numbers = dict.fromkeys(names, 1) | {"N": N, "zoneout": None}
         what = launch.Launch(variant, plan, 1, torch.device("cpu"), dict(tensors), numbers)

@@ -3,6 +3,7 @@
 https://docs.pytorch.org/docs/stable/nn.html#recurrent-layers
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -40,12 +41,20 @@ def _lstm(gx: Tensor, gh: Tensor, state: State) -> State:
 # What a step saves for the reverse sweep, of pre-activations [N, H, S].
 
 
-def _activate_gru(gates: Tensor) -> None:
+def _activate_tanh(gates: Tensor, before: Sequence[Tensor], vectors: Tensor | None) -> None:
+    gates.tanh_()
+
+
+def _activate_relu(gates: Tensor, before: Sequence[Tensor], vectors: Tensor | None) -> None:
+    gates.relu_()
+
+
+def _activate_gru(gates: Tensor, before: Sequence[Tensor], vectors: Tensor | None) -> None:
     gates[..., :2].sigmoid_()
     gates[..., 2].addcmul_(gates[..., 0], gates[..., 3]).tanh_()
 
 
-def _activate_lstm(gates: Tensor) -> None:
+def _activate_lstm(gates: Tensor, before: Sequence[Tensor], vectors: Tensor | None) -> None:
     candidate = torch.tanh(gates[..., 2])
     gates.sigmoid_()
     gates[..., 2] = candidate
@@ -72,7 +81,10 @@ RNN_TANH = Cell(
         x_slots=(0,),
         h_slots=(0,),
         functions=lambda: _functions("RNN_TANH"),
-        activate=torch.tanh_,
+        activate=_activate_tanh,
+        needs_h=False,
+        keeps_gates=False,
+        factors=1,
     ),
 )
 RNN_RELU = Cell(
@@ -88,7 +100,10 @@ RNN_RELU = Cell(
         x_slots=(0,),
         h_slots=(0,),
         functions=lambda: _functions("RNN_RELU"),
-        activate=torch.relu_,
+        activate=_activate_relu,
+        needs_h=False,
+        keeps_gates=False,
+        factors=1,
     ),
 )
 GRU = Cell(
@@ -105,6 +120,7 @@ GRU = Cell(
         h_slots=(0, 1, 3),
         functions=lambda: _functions("GRU"),
         activate=_activate_gru,
+        factors=5,
     ),
 )
 LSTM = Cell(
@@ -121,6 +137,7 @@ LSTM = Cell(
         h_slots=(0, 1, 2, 3),
         functions=lambda: _functions("LSTM"),
         activate=_activate_lstm,
+        needs_h=False,
     ),
 )
 CELLS = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, GRU, LSTM)}

@@ -36,6 +36,8 @@ def why_not(spec: LayerSpec, device: torch.device) -> str | None:
         return "it has no options"
     if spec.cell.torch is None:
         return f"it has no {spec.cell.name}"
+    if spec.heads > 1:
+        return "it has no heads"
     if device.type not in DEVICES:
         return f"it is not used on {device.type}"
     if spec.directions == 2 and _most_steps(spec, device) < spec.layout.T:

@@ -103,7 +103,7 @@ def suits_gpu(request: PlanRequest, plan: Plan, layout: BatchLayout, train: bool
         layout: of the batch.
         train: whether a gradient may be asked for.
     """
-    cell, H, dtype, B, D, precision, _ = request
+    cell, H, dtype, B, D, precision, *_ = request
     T, ragged = layout.T, layout.batch_sizes is not None
     # The guess is too low where weights are streamed: 22 us were measured for 7.8.
     step = plan.step_us * (3 if plan.regime == "streamed" else 1)

@@ -13,6 +13,7 @@ docs/adding_a_cell.md explains this file. It is a module to import, which regist
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def _step(gx: Tensor, gh: Tensor, state: State) -> State:
 
 
 @triton.jit
-def mgu_step(pre, state, FAST: tl.constexpr):
+def mgu_step(pre, state, params, FAST: tl.constexpr):
     """What is saved, and the new state."""
     f = sigmoid(pre[0], FAST)
     n = tanh(pre[2] + f * pre[3], FAST)
@@ -51,25 +52,26 @@ def mgu_step(pre, state, FAST: tl.constexpr):
 
 
 @triton.jit
-def mgu_factors(saved, now, before, FAST: tl.constexpr):
+def mgu_factors(saved, now, before, params, FAST: tl.constexpr):
     """The derivatives of h' by the pre-activations in slots 0, 2 and 3, and by h itself."""
     f = saved[0]
     n = saved[2]
     dn = f * (1.0 - n * n)
-    df = (n - before + dn * saved[3]) * f * (1.0 - f)
+    df = (n - before[0] + dn * saved[3]) * f * (1.0 - f)
     return df, dn, dn * f, 1.0 - f
 
 
 @triton.jit
-def mgu_adjoint(k, dh, dc, none):
-    """Gradients of the slots, and what reaches the step before without passing the product."""
-    return (dh * k[0], none, dh * k[1], dh * k[2]), dh * k[3], dc
+def mgu_adjoint(k, grads, none):
+    """Gradients of the slots, what reaches the h before past the product, and no parameters."""
+    dh = grads[0]
+    return (dh * k[0], none, dh * k[1], dh * k[2]), (dh * k[3],), ()
 
 
 FUNCTIONS = CellFunctions(mgu_step, mgu_factors, mgu_adjoint)
 
 
-def _activate(gates: Tensor) -> None:
+def _activate(gates: Tensor, before: Sequence[Tensor], vectors: Tensor | None) -> None:
     gates[..., 0].sigmoid_()
     gates[..., 2].addcmul_(gates[..., 0], gates[..., 3]).tanh_()
 
@@ -86,6 +88,7 @@ MGU = Cell(
         h_slots=(0, 3),
         functions=lambda: FUNCTIONS,
         activate=_activate,
+        factors=4,
     ),
 )
 register(MGU)

@@ -357,7 +357,14 @@ _FORMER = frozenset({"_layout", "_order"})
 
 
 def _entries_of(
-    cell: Cell, I: int, H: int, layers: int, directions: int, bias: bool, projection: int, heads: int
+    cell: Cell,
+    I: int,
+    H: int,
+    layers: int,
+    directions: int,
+    bias: bool,
+    projection: int,
+    heads: int,
 ) -> list[list[Entries]]:
     """By layer and direction, the entries of :class:`fused_rnn.spec.layer.Weights`."""
     rows, carried, width = cell.blocks * H, projection or H, I

@@ -17,12 +17,13 @@ from fused_rnn.engines.triton.products import (
     contiguous,
     gradients,
     kernel_cell,
+    own_vectors,
     plan_request,
     project,
-    rebuild_gates,
     recurrent_bias,
     recurrent_weights,
 )
+from fused_rnn.engines.triton.rebuild import rebuild_gates
 from fused_rnn.kernels.launch import Launch, LaunchRefused, launch
 from fused_rnn.kernels.plan import DoesNotFit, Plan, Precision
 from fused_rnn.kernels.sweep import NONE, DeviceLayout, Sweep, SweepOptions
@@ -66,7 +67,7 @@ class TritonEngine:
             gates = project(spec, x, weights)
             w_hh, b_hn = recurrent_weights(spec, weights), recurrent_bias(spec, weights)
             out = x.new_empty(x.shape[0], spec.directions * h0.shape[-1])
-            tensors = (gates, w_hh, b_hn, h0, c0, out, save, cells)
+            tensors = (gates, w_hh, b_hn, h0, c0, out, save, cells, own_vectors(weights))
             what, result = prepare_forward(self._sweep(spec, inputs), *tensors)
             try:
                 launch(what)
@@ -86,11 +87,11 @@ class TritonEngine:
 
     def saved_specs(self, spec: LayerSpec, inputs: LayerInputs) -> Specs:
         """Of the gates, c of all steps, and the operands of the recurrent product."""
-        x, D, H = inputs.x, spec.directions, spec.hidden_size
-        keep_gates = _needs_gates(spec) and not spec.recompute
+        x, D, H, K = inputs.x, spec.directions, spec.hidden_size, kernel_cell(spec).states - 1
+        k, keep_gates = spec.heads, _needs_gates(spec) and not spec.recompute
         return (
-            ((D, x.shape[0], H, kernel_cell(spec).slots), x.dtype) if keep_gates else None,
-            None if inputs.c0 is None else ((x.shape[0], D * H), torch.float32),
+            ((D * k, x.shape[0], H // k, kernel_cell(spec).slots), x.dtype) if keep_gates else None,
+            None if inputs.c0 is None else ((x.shape[0], D * K * H), torch.float32),
             ((x.shape[0], D * H), x.dtype) if _saves_operand(inputs.options) else None,
         )
 
@@ -109,16 +110,16 @@ class TritonEngine:
         gates, c_seq, operand = saved
         with _device_and_precision(x, self.precision):
             if gates is None and _needs_gates(spec):
-                gates = rebuild_gates(spec, inputs, out, operand)
+                gates = rebuild_gates(spec, inputs, out, c_seq, operand)
             given = [None if g is None else g.contiguous() for g in grads]
             w_hh = recurrent_weights(spec, weights)
-            tensors = (gates, c_seq, out, w_hh, h0, c0, *given)
+            tensors = (gates, c_seq, out, w_hh, h0, c0, *given, own_vectors(weights))
             what, result = prepare_reverse(self._sweep(spec, inputs), *tensors)  # type: ignore[arg-type]
             try:
                 launch(what)
             except LaunchRefused as refusal:
                 result = self._smaller(refusal, spec, inputs, prepare_reverse, tensors)
-            dx, dweights = gradients(spec, inputs, out, operand, result.dgates, needs)
+            dx, dweights = gradients(spec, inputs, out, operand, result, needs)
         dh0, dc0 = (
             g.to(x.dtype) if need and g is not None else None
             for g, need in ((result.dh0, needs.h0), (result.dc0, needs.c0))
@@ -139,6 +140,7 @@ class TritonEngine:
             self.precision,
             self.plan,
             NONE if spec.options is None else _sweep_options(spec, inputs.options),
+            spec.heads,
         )
 
     def _smaller(
@@ -177,10 +179,10 @@ class TritonEngine:
 def _needs_gates(spec: LayerSpec) -> bool:
     """Whether backward needs the gates.
 
-    A one-gate cell recovers its gate from the output, except under zoneout.
+    A cell that does not keep them finds them in the output, except under zoneout.
     """
     zoned = spec.options is not None and spec.options.zoned
-    return kernel_cell(spec).slots > 1 or zoned
+    return kernel_cell(spec).keeps_gates or zoned
 
 
 def _saves_operand(options: OptionTensors) -> bool:

@@ -145,7 +145,7 @@ def time_sweeps(plan: Plan, request: PlanRequest, device: torch.device) -> float
     from fused_rnn.kernels.sweep import DeviceLayout, Sweep
     from fused_rnn.kernels.sweeps import forward_sweep, reverse_sweep
 
-    cell, H, dtype, B, D, precision, _ = request
+    cell, H, dtype, B, D, precision, *_ = request
     layout = DeviceLayout(STEPS, B, STEPS * B)
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -153,15 +153,16 @@ def time_sweeps(plan: Plan, request: PlanRequest, device: torch.device) -> float
 
     gates, w = random(D, layout.N, H, cell.slots), random(D, cell.gates * H, H) * H**-0.5
     bias = random(D, H) if cell.splits_last_gate else None
-    h0, c0 = random(D, B, H), random(D, B, H) if cell.states == 2 else None
+    h0, c0 = random(D, B, H), random(D, B, (cell.states - 1) * H) if cell.states > 1 else None
+    vectors = random(D, cell.parameters, H) if cell.parameters else None
     out, dout = random(layout.N, D * H), random(layout.N, D * H)
     reverse = tuple(d == 1 for d in range(D))
     sweep = Sweep(cell, layout, reverse, precision, plan)
 
     def sweeps() -> None:
-        c_seq = forward_sweep(sweep, gates, w, bias, h0, c0, out, save=True).c_seq
-        saved = gates if cell.slots == 4 else None
-        reverse_sweep(sweep, saved, c_seq, out, w, h0, c0, dout, None, None)
+        c_seq = forward_sweep(sweep, gates, w, bias, h0, c0, out, save=True, vectors=vectors).c_seq
+        saved = gates if cell.keeps_gates else None
+        reverse_sweep(sweep, saved, c_seq, out, w, h0, c0, dout, None, None, None, vectors)
 
     with torch.cuda.device(device):
         return float(do_bench(sweeps, return_mode="median"))

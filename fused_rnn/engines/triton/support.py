@@ -52,7 +52,7 @@ def refusal(spec: LayerSpec, dtype: torch.dtype) -> str | None:
     kernels, zoned = spec.cell.kernels, spec.options is not None and spec.options.zoned
     if kernels is None:
         return f"there are no kernels for {spec.cell.name}"
-    if zoned and kernels.states == 2 and kernels.functions().cell_state is None:
+    if zoned and kernels.states > 1 and kernels.functions().others is None:
         return f"there are no kernels for {spec.cell.name} with zoneout"
     return None
 

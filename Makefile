@@ -39,6 +39,7 @@ bench: .venv/ready
 	$(BIN)/python -m bench.run --seconds 2 --out runs/bench
 	$(BIN)/python -m bench.report runs/bench --plots runs/bench
 	$(BIN)/python -m bench.sweep_cpu --out runs/bench/sweep --plot runs/bench/sweep/sweep-cpu.png
+	$(BIN)/python -m bench.cells --out runs/bench
 	$(BIN)/python -m bench.recipes
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.accuracy --plot runs/bench/accuracy.png

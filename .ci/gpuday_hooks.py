@@ -3,7 +3,7 @@
 Public: FusedLSTM, FusedGRU, FusedRNN, explain. Private, each used by one stage:
 
     sweeps    bench      bench.cases.Case, bench.sweeps.ours,
-                         engines.cells.CELLS, kernels.plan.PlanRequest,
+                         cells.builtin.CELLS, kernels.plan.PlanRequest,
                          engines.triton.plans.choose_plan, devices.device_limits
     barrier   barrier    kernels.group.arrive, wait and LINE
 """
@@ -47,7 +47,7 @@ def sweeps(
     """The time loops alone, "forward" and "both", under a layer's plan; and that plan."""
     from bench.cases import Case
     from bench.sweeps import ours
-    from fused_rnn.engines.cells import CELLS as KNOWN
+    from fused_rnn.cells.builtin import CELLS as KNOWN
     from fused_rnn.engines.triton.devices import device_limits
     from fused_rnn.engines.triton.plans import choose_plan
     from fused_rnn.kernels.plan import PlanRequest

@@ -185,7 +185,7 @@ def check_options(name, arch, group):
     def random(*shape):
         return (torch.randn(shape) * 0.5).to(BF16).double().requires_grad_()
 
-    G = cell.gates
+    G = cell.blocks
     weights = []
     for _ in range(D):
         w = random(G * H, I), random(G * H, H), random(G * H), random(G * H), None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fused_rnn
 from bench.cases import CELLS, DTYPES, Case
-from fused_rnn.engines.cells import CELLS as KNOWN
+from fused_rnn.cells.builtin import CELLS as KNOWN
 from fused_rnn.engines.triton.engine import TritonEngine
 from fused_rnn.engines.triton.products import plan_request
 from fused_rnn.examples.common import default_device, device

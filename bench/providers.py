@@ -13,7 +13,7 @@ from bench.cases import Case
 from bench.peers import FlashRNN, Haste, TorchRL
 from bench.roofline import kernel_cell
 from bench.timing import Run
-from fused_rnn.engines.cells import CELLS
+from fused_rnn.cells.builtin import CELLS
 from fused_rnn.engines.triton import devices, plans, support
 from fused_rnn.kernels.plan import DoesNotFit, Plan, PlanRequest, Precision
 
@@ -43,16 +43,18 @@ class CompiledLoop(Provider):
         cell = CELLS[case.cell]
 
         def step(gx: Tensor, h: Tensor, c: Tensor | None, w: Tensor, b: Tensor) -> Any:
-            return cell.step(gx, F.linear(h, w, b), (h, c))
+            return cell.one_step(gx, F.linear(h, w, b), (h,) if c is None else (h, c))
 
         compiled = torch.compile(step, backend=self.backend, dynamic=False)
 
         def run(x: Tensor) -> Tensor:
             w_ih, w_hh, b_ih, b_hh = plain.parameters()
-            h = c = x.new_zeros(case.B, case.H)
+            h: Any = x.new_zeros(case.B, case.H)
+            c: Any = h
             out = []
             for gx in F.linear(x, w_ih, b_ih):
-                h, c = compiled(gx, h, c if cell.has_c else None, w_hh, b_hh)
+                h, *others = compiled(gx, h, c if cell.has_c else None, w_hh, b_hh)
+                c = others[0] if others else None
                 out.append(h)
             return torch.stack(out)
 

@@ -10,7 +10,7 @@ Three limits, of the time loops alone; the largest one binds:
 from dataclasses import dataclass
 
 from bench.cases import Case
-from fused_rnn.engines.cells import CELLS
+from fused_rnn.cells.builtin import CELLS
 from fused_rnn.kernels.cell import KernelCell
 from fused_rnn.kernels.chips import Limits
 from fused_rnn.kernels.plan import Plan

@@ -24,8 +24,17 @@ from itertools import chain, product
 import triton
 
 from bench import static_peers
-from bench.static_compile import ALL, DTYPES, OPTIONS, compile_kernel, compile_sweep, measure
-from fused_rnn.engines.cells import CELLS
+from bench.static_compile import (
+    ALL,
+    DTYPES,
+    OPTIONS,
+    compile_kernel,
+    compile_sweep,
+    kernels_of,
+    measure,
+)
+from fused_rnn import cells as zoo
+from fused_rnn.cells.builtin import CELLS
 from fused_rnn.kernels.chips import LIMITS, Limits
 from fused_rnn.kernels.plan import DoesNotFit, Plan, PlanRequest
 from fused_rnn.kernels.planner import make_plan
@@ -64,13 +73,11 @@ class Row:
     weights_global: int = -1
 
 
-def plan_for(cell: str, H: int, dtype: str, limits: Limits) -> Plan:
-    """The plan of a batch of 8, one direction."""
+def plan_for(cell: str, H: int, dtype: str, limits: Limits, heads: int = 1) -> Plan:
+    """The plan of a batch of 8, one direction of some heads of H units."""
     kind, precision = DTYPES[dtype]
-    known = CELLS[cell].kernels
-    if known is None:
-        raise DoesNotFit(f"there are no kernels for {cell}")
-    return make_plan(PlanRequest(known, H, kind, 8, 1, precision), limits)
+    request = PlanRequest(kernels_of(cell), H, kind, 8, heads, precision, heads=heads)
+    return make_plan(request, limits)
 
 
 def planned_row(kernel: str, cell: str, dtype: str, H: int, target: str, plan: Plan) -> Row:
@@ -117,6 +124,7 @@ def rows(
     dtypes: list[str],
     kernels: list[str],
     options: list[str],
+    heads: int = 1,
 ) -> Iterator[Row]:
     """Every row asked for that has a plan."""
     for target, limits in LIMITS.items():
@@ -126,7 +134,7 @@ def rows(
             for dtype in dtypes:
                 for H in hidden:
                     try:
-                        plan = plan_for(cell, H, dtype, limits)
+                        plan = plan_for(cell, H, dtype, limits, heads)
                     except DoesNotFit:
                         continue
                     for kernel, option in product(kernels, options):
@@ -134,7 +142,7 @@ def rows(
                         row.options = option
                         names_of = {"none": (), "all": ALL}.get(option, (option,))
                         what = kernel, cell, H, dtype, limits, plan
-                        measure(row, compile_sweep(*what, options=names_of))
+                        measure(row, compile_sweep(*what, options=names_of, heads=heads))
                         yield row
 
 
@@ -169,9 +177,10 @@ def main() -> None:
     everything = [str(t) for t in LIMITS]
     parser.add_argument("--target", nargs="*", default=everything, choices=everything)
     parser.add_argument(
-        "--cell", nargs="*", default=["rnn_tanh", "gru", "lstm"], choices=list(CELLS)
+        "--cell", nargs="*", default=["rnn_tanh", "gru", "lstm"], choices=[*CELLS, *zoo.__all__]
     )
     parser.add_argument("--hidden", nargs="*", type=int, default=[64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--heads", type=int, default=1, help="of as many hidden units each")
     parser.add_argument("--dtype", nargs="*", default=["bf16"], choices=DTYPES)
     parser.add_argument("--kernel", nargs="*", default=KERNELS, choices=KERNELS)
     parser.add_argument("--json", help="also write the rows to this file, one JSON object a line")
@@ -192,7 +201,7 @@ def main() -> None:
     out = open(args.json, "w") if args.json else None  # noqa: SIM115
     asked = args.target, args.cell, args.hidden, args.dtype, args.kernel
     for row in chain(
-        rows(*asked, args.options or choices), peer_rows(*asked) if args.compare else ()
+        rows(*asked, args.options or choices, args.heads), peer_rows(*asked) if args.compare else ()
     ):
         values = dataclasses.asdict(row)
         print(

@@ -16,12 +16,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_rnn.engines.cells import CELLS
+from fused_rnn import cells
+from fused_rnn.cells.builtin import CELLS
+from fused_rnn.kernels.cell import KernelCell
 from fused_rnn.kernels.chips import Limits
 from fused_rnn.kernels.launch import Launch
-from fused_rnn.kernels.plan import Plan, Precision
+from fused_rnn.kernels.plan import DoesNotFit, Plan, Precision
 from fused_rnn.kernels.sweep import DeviceLayout, Sweep, SweepOptions
 from fused_rnn.kernels.sweeps import prepare_forward, prepare_reverse
+from fused_rnn.spec.cells import Cell
 
 DTYPES: dict[str, tuple[torch.dtype, Precision]] = {
     "fp32": (torch.float32, "ieee"),
@@ -55,6 +58,14 @@ COUNTED = {
 }
 
 
+def kernels_of(cell: str) -> KernelCell:
+    """How the kernels run a cell of :mod:`fused_rnn.cells`."""
+    known: Cell = CELLS[cell] if cell in CELLS else getattr(cells, cell)
+    if known.kernels is None:
+        raise DoesNotFit(str(known.no_kernels))
+    return known.kernels
+
+
 def launched(
     kernel: str,
     cell: str,
@@ -65,44 +76,45 @@ def launched(
     D: int = 1,
     packed: bool = False,
     options: tuple[str, ...] = (),
+    heads: int = 1,
 ) -> Launch:
     """What the launcher would launch of one sweep.
 
     Args:
         kernel: "inference", "forward" (which saves) or "reverse".
-        cell: a name of :mod:`fused_rnn.engines.cells`.
-        H: hidden units.
+        cell: a name of :mod:`fused_rnn.cells`.
+        H: hidden units, of a head.
         dtype: a key of ``DTYPES``.
         limits: the chip.
         plan: how it runs.
         D: directions.
         packed: whether the sequences are packed.
         options: some of ``OPTIONS``.
+        heads: of each direction.
     """
     kind, precision = DTYPES[dtype]
-    known, N = CELLS[cell].kernels, T * B
-    assert known is not None
+    known, N, W, k = kernels_of(cell), T * B, heads * H, heads
 
     def empty(*shape: int, dtype: torch.dtype = kind) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     layout = DeviceLayout(T, B, N, empty(T + 1, dtype=torch.int64) if packed else None)
     K, P = known.states - 1, known.parameters
-    sweep_options = _options(options, K, N, D, H, empty)
+    sweep_options = _options(options, K, N, D, W, empty)
     reverse = tuple(d == 1 for d in range(D))
-    sweep = Sweep(known, layout, reverse, precision, plan, sweep_options)
-    gates, w, out = empty(D, N, H, known.slots), empty(D, known.gates * H, H), empty(N, D * H)
-    h0, target = empty(D, B, H), gpu_target(limits)
-    c0 = empty(D, B, K * H) if K else None
-    vectors = empty(D, P, H) if P else None
+    sweep = Sweep(known, layout, reverse, precision, plan, sweep_options, heads)
+    gates, w = empty(D * k, N, H, known.slots), empty(D * k, known.gates * H, H)
+    out, h0, target = empty(N, D * W), empty(D, B, W), gpu_target(limits)
+    c0 = empty(D, B, K * W) if K else None
+    vectors = empty(D, P, W) if P else None
     if kernel != "reverse":
-        bias = empty(D, H) if known.splits_last_gate else None
+        bias = empty(D * k, H) if known.splits_last_gate else None
         save = kernel == "forward"
         return prepare_forward(
             sweep, gates, w, bias, h0, c0, out, save=save, vectors=vectors, target=target
         )[0]
     saved = gates if known.keeps_gates or sweep_options.zoned else None
-    c_seq = empty(N, D * K * H, dtype=torch.float32) if K else None
+    c_seq = empty(N, D * K * W, dtype=torch.float32) if K else None
     grads = out, h0, c0, None, vectors  # of the same shapes
     return prepare_reverse(sweep, saved, c_seq, out, w, h0, c0, *grads, target=target)[0]
 
@@ -133,21 +145,23 @@ def compile_sweep(
     plan: Plan,
     *,
     options: tuple[str, ...] = (),
+    heads: int = 1,
     **constants: Any,
 ) -> Any:
     """What triton.compile makes of one sweep.
 
     Args:
         kernel: "inference", "forward" or "reverse".
-        cell: a name of :mod:`fused_rnn.engines.cells`.
-        H: hidden units.
+        cell: a name of :mod:`fused_rnn.cells`.
+        H: hidden units, of a head.
         dtype: a key of ``DTYPES``.
         limits: the chip.
         plan: how it runs.
         options: some of ``OPTIONS``.
+        heads: of the layer.
         **constants: arguments of the kernel that are constants, in the place of what is launched.
     """
-    what = launched(kernel, cell, H, dtype, limits, plan, options=options)
+    what = launched(kernel, cell, H, dtype, limits, plan, options=options, heads=heads)
     types = {name: POINTERS[t.dtype] for name, t in what.tensors.items() if t is not None}
     if plan.programs > 1:
         types["counters"] = "*i32"  # made by the launch

@@ -44,13 +44,14 @@ def why_not(peer: str) -> str | None:
 
 
 def _flashrnn(kernel: str, cell: str, H: int, dtype: str) -> Iterator[Job]:
-    """LSTM, heads of a power of two, one configuration."""
-    if cell != "lstm" or H & (H - 1) or kernel == "inference":
+    """LSTM and sLSTM, heads of a power of two, one configuration; one head as well as many."""
+    states = {"lstm": 2, "slstm": 4}.get(cell)
+    if states is None or H & (H - 1) or kernel == "inference":
         return
     import triton.language as tl
 
     backward = kernel == "reverse"
-    module = importlib.import_module(f"{FLASHRNN}.{'lstm_bw' if backward else 'lstm_fw'}")
+    module = importlib.import_module(f"{FLASHRNN}.{cell}_{'bw' if backward else 'fw'}")
     fn = getattr(module, f"_{'backward' if backward else 'forward'}_sequence_kernel")
     warps, block_b = 4, 16  # the reverse kernel's are written at its launch
     if not backward:
@@ -59,7 +60,7 @@ def _flashrnn(kernel: str, cell: str, H: int, dtype: str) -> Iterator[Job]:
     element = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[TRITON_TYPES[dtype]]
     constants: dict[str, Any] = {
         "T": 1024,
-        "NS": 2,
+        "NS": states,
         "B": block_b,
         "NH": 1,
         "DH": H,

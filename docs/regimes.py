@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from fused_rnn.engines.cells import LSTM
+from fused_rnn.cells.builtin import LSTM
 from fused_rnn.kernels.chips import LIMITS
 from fused_rnn.kernels.plan import Plan, PlanRequest
 from fused_rnn.kernels.planner import make_plan

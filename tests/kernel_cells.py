@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_rnn.engines.cells import CELLS
+from fused_rnn.cells.builtin import CELLS
 from fused_rnn.kernels.cell import CellFunctions, KernelCell
 from fused_rnn.kernels.tiles import sigmoid, tanh
 from fused_rnn.spec.layer import LayerInputs, LayerSpec, Outputs

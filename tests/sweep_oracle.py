@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from helpers import assert_close, plan_request
 
-from fused_rnn.engines import cells
+from fused_rnn.cells import builtin as cells
 from fused_rnn.kernels.chips import LIMITS
 from fused_rnn.kernels.planner import make_plan
 from fused_rnn.kernels.sweep import DeviceLayout, Sweep
@@ -44,7 +44,7 @@ class Problem:
         self.H, self.reverse = H, reverse
         self.layout, self.sizes = make_layout(T, B, packed)
         torch.manual_seed(H * 1000 + B * 10 + T)
-        D, N, G = len(reverse), self.layout.N, self.cell.gates
+        D, N, G = len(reverse), self.layout.N, self.cell.blocks
 
         def random(*shape, scale=1.0):
             return (torch.randn(shape) * scale).to(dtype).double().requires_grad_()
@@ -72,8 +72,9 @@ class Problem:
                     gx = self.gx.data[d, at]
                     near = (gx + gh.detach()).abs() < 0.05
                     gx.copy_((gx + 0.25 * near).to(self.dtype))
-                before = h[:n], None if c is None else c[:n]
-                out[t], c_seq[t] = self.cell.step(self.gx[d, at], gh, before)
+                before = [h[:n]] if c is None else [h[:n], c[:n]]
+                out[t], *others = self.cell.one_step(self.gx[d, at], gh, before)
+                c_seq[t] = others[0] if others else None
                 h = torch.cat([out[t], h[n:]])
                 c = None if c is None else torch.cat([c_seq[t], c[n:]])
             outs.append(torch.cat(out))
@@ -87,8 +88,8 @@ class Problem:
 
     def slots(self, x):
         """[D, N, G * H] of the reference as [D, N, H, S], NaN where a slot is unused."""
-        x = x.unflatten(-1, (self.cell.gates, self.H)).transpose(-1, -2)
-        if self.cell.gates == 3:
+        x = x.unflatten(-1, (self.cell.blocks, self.H)).transpose(-1, -2)
+        if self.cell.blocks == 3:
             x = torch.cat([x, torch.full_like(x[..., :1], torch.nan)], -1)
         return x.detach()
 
@@ -102,7 +103,7 @@ class Problem:
         wanted = [self.gx, self.gh, self.h0] + ([self.c0] if self.cell.has_c else [])
         dgx, dgh, dh0, *dc0 = torch.autograd.grad(outputs, wanted, d, retain_graph=True)
         dgates = self.slots(dgx)
-        if self.cell.gates == 3:
+        if self.cell.blocks == 3:
             dgates[..., 3] = self.slots(dgh)[..., 2]
         return d, {"dgates": dgates, "dh0": dh0, **({"dc0": dc0[0]} if dc0 else {})}
 

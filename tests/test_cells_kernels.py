@@ -19,7 +19,7 @@ from helpers import assert_close
 from kernel_cells import OWN, dense, loop
 from torch import Tensor
 
-from fused_rnn.engines.cells import CELLS
+from fused_rnn.cells.builtin import CELLS
 from fused_rnn.engines.triton.engine import TritonEngine
 from fused_rnn.engines.triton.products import plan_request
 from fused_rnn.kernels.chips import LIMITS
@@ -73,8 +73,7 @@ def built_in(name: str) -> tuple[Any, Any]:
     cell: Any = CELLS[name]
 
     def step(gx: Tensor, gh: Tensor, states: list[Tensor], vectors: Any) -> list[Tensor]:
-        before = (states[0], states[1] if len(states) > 1 else None)
-        return [s for s in cell.step(gx, gh, before) if s is not None]
+        return list(cell.one_step(gx, gh, states))
 
     return step, cell.kernels
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, vmap
 
 import fused_rnn
-from fused_rnn.engines.cells import CELLS
+from fused_rnn.cells.builtin import CELLS
 from fused_rnn.engines.dispatch import Backend
 from fused_rnn.ops import operators
 from fused_rnn.ops.encoding import Settings
@@ -256,7 +256,7 @@ def arguments(
 ) -> tuple[Any, ...]:
     """Of :func:`fused_rnn.ops.operators.layer_op`, without biases where ``packed``."""
     T, B, I, H, known = 3, 2, 3, 4, CELLS[cell]
-    G, has_c, steps = known.gates, known.has_c, (5,) if packed else (T, B)
+    G, has_c, steps = known.blocks, known.has_c, (5,) if packed else (T, B)
     sizes = torch.tensor([2, 2, 1]) if packed else None
 
     def random(*shape: int) -> Tensor:

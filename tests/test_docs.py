@@ -18,7 +18,9 @@ import pytest
 import torch
 
 import fused_rnn
-from fused_rnn.engines import cells
+from fused_rnn import cells
+from fused_rnn.cells import builtin
+from fused_rnn.derive.aten import RULES, decompositions
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -53,7 +55,8 @@ def test_the_layers_have_examples() -> None:
     for name in (
         "fused_rnn.layers.rnn",
         "fused_rnn.layers.lstm",
-        "fused_rnn.examples.minimal_gated_unit",
+        "fused_rnn.layers.base",
+        "fused_rnn.cells.definition",
     ):
         assert any(t.examples for t in finder.find(importlib.import_module(name))), name
 
@@ -74,13 +77,9 @@ def _as_it_was() -> Iterator[None]:
     """Take back what an example may set."""
     rnn = getattr(torch.backends.cudnn, "rnn", None)
     before = getattr(rnn, "fp32_precision", None)
-    known = set(cells.CELLS)
     yield
     if before is not None:
         rnn.fp32_precision = before
-    for name in set(cells.CELLS) - known:
-        if name.startswith("my_"):
-            del cells.CELLS[name]
 
 
 @pytest.mark.usefixtures("_as_it_was")
@@ -187,6 +186,36 @@ def test_every_environment_variable_is_explained() -> None:
     assert {"FUSED_RNN_TUNE", "FUSED_RNN_CACHE", "TRITON_INTERPRET"} <= found
     for name in found:
         assert f"| `{name}` |" in text, name
+
+
+# ---- cells ---------------------------------------------------------------------------------------
+
+
+def rows(heading: str) -> Iterator[list[str]]:
+    """The cells of the table below a heading of docs/cells.md."""
+    section = (ROOT / "docs" / "cells.md").read_text().split(f"\n## {heading}\n")[1]
+    table = re.findall(r"^\|(.*)\|$", section.split("\n## ")[0], re.M)
+    yield from ([part.strip() for part in row.split("|")] for row in table[2:])
+
+
+def test_the_table_of_operations() -> None:
+    """It has all that a step may be made of, and nothing else."""
+    told = [name for _, text in rows("Operations") for name in re.findall(r"`(\w+)`", text)]
+    parts = {op.overloadpacket.__name__ for op in decompositions()}
+    known = {*RULES, *(name for name in parts if not name.endswith("_backward"))}
+    assert sorted(told) == sorted([*known, "logsigmoid"])  # the latter as a user's name
+
+
+def test_the_table_of_the_zoo() -> None:
+    """It has every cell with its states, and a paper that the cell's docstring names."""
+    zoo = {name for name in cells.__all__ if name not in vars(builtin)}
+    told = list(rows("The zoo"))
+    assert {row[0].strip("`") for row in told} == zoo
+    for name, states, _, paper in told:
+        found = getattr(cells, name.strip("`"))
+        assert states == ", ".join(found.states)
+        title = " ".join(re.findall('"(.*?)"', paper)).lower()
+        assert title in " ".join(found.step.__doc__.split()).lower(), name
 
 
 # ---- what scripts write -------------------------------------------------------------------------

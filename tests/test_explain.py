@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
 from fused_rnn import explain
+from fused_rnn.cells import minimal_gated_unit
 from fused_rnn.engines import native, reference
 from fused_rnn.engines.cpu import engine as cpu
-from fused_rnn.examples.minimal_gated_unit import FusedMGU
 from fused_rnn.layers import whole_stack
 from fused_rnn.tools.explain import Explanations
 
@@ -217,11 +217,11 @@ def test_the_kernels_know_the_options(extra: dict[str, float], triton_device: st
 
 
 def test_a_cell_that_torch_lacks(ran: list[str]) -> None:
-    """Nor has torch.nn a function for it."""
-    layer = FusedMGU(I, H)
+    """The sweeps derived from its step run on a CPU, in inference, too."""
+    layer = fused_rnn.FusedRecurrent(minimal_gated_unit, I, H)
     for context in (nullcontext(), torch.no_grad()):
         ran.clear()
         with context:
             found = list(named(explain(layer, x)))
             layer(x)
-        assert found == ran == ["loop"]
+        assert found == ran == ["sweeps"]

@@ -16,7 +16,7 @@ from helpers import plan_request
 
 pytest.importorskip("triton")
 
-from fused_rnn.engines.cells import CELLS
+from fused_rnn.cells.builtin import CELLS
 from fused_rnn.kernels.chips import LIMITS
 from fused_rnn.kernels.planner import make_plan
 

@@ -19,7 +19,7 @@ from triton.runtime.errors import OutOfResources
 
 import fused_rnn
 from bench.host import IdleKernel, idle_gpu
-from fused_rnn.engines import cells
+from fused_rnn.cells import builtin as cells
 from fused_rnn.engines.triton import devices, plans
 from fused_rnn.kernels import launch, pack, variants
 from fused_rnn.kernels.chips import LIMITS, Limits

@@ -17,8 +17,8 @@ from helpers import (
 )
 
 import fused_rnn
+from fused_rnn.cells.builtin import CELLS
 from fused_rnn.engines import contest, dispatch, measured, native, native_rules
-from fused_rnn.engines.cells import CELLS
 from fused_rnn.kernels.chips import LIMITS
 from fused_rnn.kernels.planner import make_plan
 from fused_rnn.spec.batch import BatchLayout

@@ -11,7 +11,7 @@ from helpers import plan_request
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fused_rnn.engines.cells import CELLS
+from fused_rnn.cells.builtin import CELLS
 from fused_rnn.kernels.chips import LIMITS
 from fused_rnn.kernels.plan import DoesNotFit, Plan
 from fused_rnn.kernels.planner import MOST_CHUNKS, MOST_WORK, make_plan, plans

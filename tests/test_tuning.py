@@ -11,8 +11,8 @@ from helpers import plan_request
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_rnn
+from fused_rnn.cells.builtin import GRU
 from fused_rnn.engines import measured
-from fused_rnn.engines.cells import GRU
 from fused_rnn.engines.triton import plans
 from fused_rnn.kernels.chips import LIMITS
 from fused_rnn.kernels.plan import DoesNotFit, Plan, PlanRequest

@@ -124,12 +124,16 @@ def _on_cpu(
         )
         if faster is not None:
             return _native(device, free, faster)
-    if spec.cell.sweep is not None:
+    if spec.cell.pointwise:
         reason = "backend='cpu' asks for them"
         if backend == "auto":
-            reason = "recompute=True" if saving else "faster here than torch.nn's own"
+            faster = "faster here than torch.nn's own"
+            if spec.cell.torch is None or spec.heads > 1:
+                faster = f"torch.nn has no {'such cell' if spec.cell.torch is None else 'heads'}"
+            reason = faster
+            reason = "recompute=True" if saving else reason
         return Choice("cpu", f"sweeps of PyTorch calls: {reason}", cpu)
-    reason = f"the CPU engine has no sweeps for {spec.cell.name}"
+    reason = f"no sweeps can be derived of {spec.cell.name}, whose step is not pointwise"
     if backend == "cpu":
         raise RuntimeError(f"backend='cpu' cannot run this layer: {reason}")
     return _eager(reason)

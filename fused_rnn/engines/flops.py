@@ -26,6 +26,7 @@ from fused_rnn.spec.layer import (
     Outputs,
     Saved,
     Specs,
+    Weights,
 )
 
 Size = Sequence[int]
@@ -38,7 +39,7 @@ def forward(N: int, weights: Sequence[Size | None]) -> int:
         N: rows.
         weights: sizes of the parameters.
     """
-    return sum(2 * N * prod(size) for size in weights if size is not None and len(size) == 2)
+    return sum(2 * N * prod(size) for size, is_matrix in _marked(weights) if is_matrix)
 
 
 def backward(
@@ -59,12 +60,20 @@ def backward(
     D, B, _ = h0
     k, total = len(weights) // D, 0
     for d in range(D):
-        wanted = zip(weights[d * k : (d + 1) * k], needs[1 + d * k : 1 + (d + 1) * k], strict=True)
-        matrices = [(prod(size), need) for size, need in wanted if size and len(size) == 2]
+        mine = _marked(weights[d * k : (d + 1) * k])
+        wanted = zip(mine, needs[1 + d * k : 1 + (d + 1) * k], strict=True)
+        matrices = [(prod(size), need) for (size, is_matrix), need in wanted if is_matrix]
         rows = [N if needs[0] else 0, N if need_h0 else N - B, N]
         for count, (size, need) in zip(rows, matrices, strict=False):
             total += 2 * (count + (N if need else 0)) * size
     return total
+
+
+def _marked(weights: Sequence[Size | None]) -> Iterator[tuple[Size, bool]]:
+    """Each size, and whether rows meet it in a product: w_ih, w_hh (of heads, too) and w_hr."""
+    for i, size in enumerate(weights):
+        name = Weights._fields[i % len(Weights._fields)]
+        yield size or (), size is not None and name.startswith("w_")
 
 
 def counted(engine: Engine) -> Engine:

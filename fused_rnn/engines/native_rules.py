@@ -49,7 +49,7 @@ def suits(
         return "faster where the call is so small" if tiny else None
     if not train:
         return "faster in inference"
-    short = SHORT[cell.gates]
+    short = SHORT[cell.blocks]
     if T is not None and short > T:
         return f"faster below {short} steps"
     if ragged:

@@ -68,10 +68,11 @@ class _Direction:
     def run(
         self, x: Tensor, h: Tensor, c: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """``out`` [N, R], the final states [B, .], and c of all steps [N, H]."""
+        """``out`` [N, R], the final states [B, .], and c of all steps [N, K*H]."""
         spec, w, layout = self.spec, self.weights, self.spec.layout
         gx = layout.split(F.linear(x, w.w_ih, w.b_ih))
         sequences: list[list[Tensor]] = [[x] * layout.T for _ in "hc"]  # every entry is replaced
+        one_step, K = spec.cell.one_step, len(spec.cell.states) - 1
         states = [h] if c is None else [h, c]
         for t in range(layout.T - 1, -1, -1) if self.d == 1 else range(layout.T):
             n = gx[t].shape[0]
@@ -79,11 +80,13 @@ class _Direction:
             running = [s if n == s.shape[0] else s[:n] for s in states]
             new = running if spec.options is None else self._enter(t, running)
             operand = new[0] if self.drop is None else new[0] * self.drop[:n]
-            before = new[0], new[1] if len(new) == 2 else None
-            h, c = spec.cell.step(gx[t], F.linear(operand, w.w_hh, w.b_hh), before)
+            before = new
+            others = [] if K == 0 else [before[1]] if K == 1 else before[1].chunk(K, 1)
+            gh = recurrent_product(operand, w)
+            h, *others = one_step(gx[t], gh, (before[0], *others), w.vectors)
             if w.w_hr is not None:
                 h = F.linear(h, w.w_hr)
-            new = outputs = [h] if c is None else [h, c]
+            new = outputs = [h, *others] if K < 2 else [h, torch.cat(others, 1)]
             if spec.options is not None:
                 new, outputs = self._leave(t, new, running, before)
             for i, (state, output) in enumerate(zip(new, outputs, strict=True)):
@@ -105,11 +108,10 @@ class _Direction:
         return states if self.clip is None else [_clipped(s, self.clip) for s in states]
 
     def _leave(
-        self, t: int, new: list[Tensor], running: list[Tensor], before: Sequence[Tensor | None]
+        self, t: int, new: list[Tensor], running: list[Tensor], before: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The states after step ``t``, and what it puts out."""
         for i, (state, old, zone) in enumerate(zip(new, before, self.zones, strict=False)):
-            assert old is not None
             if zone is not None:
                 new[i] = torch.where(zone[t], old, state)
             elif self.zoneout:
@@ -119,6 +121,16 @@ class _Direction:
         on = (t < self.lengths)[:, None]
         outputs = [torch.where(on, s, s.new_zeros(())) for s in new]
         return [torch.where(on, s, r) for s, r in zip(new, running, strict=True)], outputs
+
+
+def recurrent_product(operand: Tensor, w: Weights) -> Tensor:
+    """The recurrent part of the gates [B, G*H] from h [B, R]; a head's from its own part of h."""
+    if w.w_hh.dim() == 2:
+        return F.linear(operand, w.w_hh, w.b_hh)
+    heads, rows, width = w.w_hh.shape
+    parts = operand.unflatten(-1, (heads, width)).transpose(0, 1) @ w.w_hh.transpose(1, 2)
+    product: Tensor = parts.unflatten(-1, (rows // width, width)).permute(1, 2, 0, 3).flatten(1)
+    return product if w.b_hh is None else product + w.b_hh
 
 
 class _ClipGradient(torch.autograd.Function):

@@ -25,6 +25,7 @@ from fused_rnn.layers.checks import (
 from fused_rnn.layers.parameters import RecurrentModule, States
 from fused_rnn.ops import functional
 from fused_rnn.spec.batch import BatchLayout, TracedLayout
+from fused_rnn.spec.cells import Cell
 from fused_rnn.spec.context import tracing
 from fused_rnn.spec.layer import LayerInputs, LayerSpec, Weights
 from fused_rnn.spec.options import NO_OPTIONS, CallOptions, Draw
@@ -85,14 +86,15 @@ class StackCall(NamedTuple):
 
     Attributes:
         x: input rows [N, I]; while it is traced [T, B, I].
-        states: initial states [L*D, B, .], h or h and c, in the order of the rows.
+        states: initial states [L*D, B, .], h or h and c, in the order of the rows; c stands for all
+            states beside h, see :mod:`fused_rnn.spec.layer`.
         layout: where the rows of each time step lie.
         weights: the parameters by layer and direction.
-        learned: the learned initial states [L*D, .], if the call needs any.
+        learned: the learned initial states [L*D, .], likewise, if the call needs any.
         lengths: steps of each sequence of a uniform batch, int64 [B], or None.
         reset: whether a new segment begins at a row, bool [N], or None.
         cells: whether c of all steps of the last layer is an output.
-        from_zero: whether the initial states are zeros.
+        from_zero: whether the initial h is zeros.
         dtype: in which all is computed under autocast, else None.
         shape: how the outputs are to be laid out.
     """
@@ -139,7 +141,7 @@ def describe(
         kind = type(input).__name__
         raise TypeError(f"input should be a tensor or a PackedSequence, got {kind}")
     if hx is not None:
-        check_states(hx, module._cell.has_c)
+        check_states(hx, module._cell)
     if isinstance(input, PackedSequence):
         return _packed(module, input, hx, lengths, reset, mask, cells)
     return _padded(module, input, hx, lengths, reset, mask, cells)
@@ -181,6 +183,7 @@ def _padded(
         reset = reset if traced else reset.reshape(T * B)
     if hx is not None:
         check_initial(x, hx, module._sizes.states, B, module._sizes.widths)
+        hx = beside(hx)
     learned = _learned(module, hx, reset, w_ih)
     states = _zeros_or(learned, module, x, B) if hx is None else hx
     layout: BatchLayout | TracedLayout = BatchLayout(T, B)
@@ -189,7 +192,8 @@ def _padded(
     else:
         x = x.reshape(T * B, x.shape[-1])
     shape = Padded(None if traced else T, B, batch_first, batched)
-    zero, dtype = hx is None and learned is None, autocast_dtype(x)
+    zero = hx is None and learned is None and not module._cell.initial[0]
+    dtype = autocast_dtype(x)
     return StackCall(x, states, layout, weights, learned, lengths, reset, cells, zero, dtype, shape)
 
 
@@ -217,10 +221,12 @@ def _packed(
         check_initial(x, hx, module._sizes.states, layout.B, module._sizes.widths)
         if sorted_indices is not None:
             hx = tuple([s.index_select(1, sorted_indices) for s in hx])
+        hx = beside(hx)
     learned = _learned(module, hx, reset, w_ih)
     states = _zeros_or(learned, module, x, layout.B) if hx is None else hx
     shape = Packed(batch_sizes, sorted_indices, unsorted_indices)
-    zero, dtype = hx is None and learned is None, autocast_dtype(x)
+    zero = hx is None and learned is None and not module._cell.initial[0]
+    dtype = autocast_dtype(x)
     return StackCall(x, states, layout, weights, learned, None, reset, cells, zero, dtype, shape)
 
 
@@ -243,10 +249,32 @@ def _learned(
     if not module.learn_h0 or (hx is not None and reset is None):
         return None
     learned = []
-    for name, width in zip(("h_0", "c_0"), module._sizes.widths, strict=False):
+    for name, width in zip(module._initial_names, module._sizes.widths, strict=True):
         learned.append(module.read_parameter(name, (module._sizes.states, width)))
         check_kind(name, learned[-1], like, autocast_dtype(like) is not None)
-    return tuple(learned)
+    return beside(tuple(learned))
+
+
+def beside(states: States) -> States:
+    """``(h, c)`` of the states of a cell: c are all those beside h, one after the other."""
+    return states if len(states) < 3 else (states[0], torch.cat(states[1:], -1))
+
+
+def taken_apart(states: States, cell: Cell) -> States:
+    """The inverse of :func:`beside`."""
+    K = len(cell.states) - 1
+    if K < 2:
+        return states
+    return (states[0], *states[1].unflatten(-1, (K, -1)).unbind(-2))
+
+
+def each_state(sequence: Tensor, cell: Cell, directions: int) -> States:
+    """Of c of all steps [.., D*K*H] each state's sequence [.., D*H]."""
+    K = len(cell.states) - 1
+    if K == 1:
+        return (sequence,)
+    by_state = sequence.unflatten(-1, (directions, K, -1)).unbind(-2)
+    return tuple([s.flatten(-2) for s in by_state])
 
 
 def _zeros_or(learned: States | None, module: RecurrentModule, x: Tensor, B: int) -> States:
@@ -254,9 +282,12 @@ def _zeros_or(learned: States | None, module: RecurrentModule, x: Tensor, B: int
     if learned is not None:
         return tuple([s[:, None].expand(-1, B, -1).to(x.dtype) for s in learned])
     _, _, rows, widths = module._sizes
+    if any(module._cell.initial):
+        pairs = zip(module._cell.initial, widths, strict=True)
+        return beside(tuple([x.new_full((rows, B, width), value) for value, width in pairs]))
     if len(widths) == 2 and widths[0] == widths[1]:  # one call for both
         return x.new_zeros(2, rows, B, widths[0]).unbind()
-    return tuple([x.new_zeros(rows, B, width) for width in widths])
+    return tuple([x.new_zeros(rows, B, w) for w in (widths[0], sum(widths[1:])) if w])
 
 
 def describe_layer(
@@ -285,8 +316,9 @@ def describe_layer(
         or module.clip_recurrent_grad is not None
     ):
         restart = None
-        if call.learned is not None and call.reset is not None:
-            first = [s[mine].to(x.dtype) for s in call.learned]
+        if call.reset is not None and (call.learned is not None or any(module._cell.initial)):
+            first = call.learned or [s[:, 0] for s in _zeros_or(None, module, x, 1)]
+            first = [s[mine].to(x.dtype) for s in first]
             restart = (first[0], first[1] if len(first) == 2 else None)
         options = CallOptions(
             call.lengths,

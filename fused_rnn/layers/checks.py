@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.spec.batch import BatchLayout
+from fused_rnn.spec.cells import Cell
 from fused_rnn.spec.context import readable, tracing
 from fused_rnn.spec.layer import Weights
 from fused_rnn.spec.precision import autocast_dtype
@@ -34,8 +35,18 @@ def check_options(
             raise ValueError(f"clip_recurrent_grad should be greater than zero, got {clip}")
 
 
-def check_states(hx: Any, pair: bool) -> None:
-    """Raise unless ``hx`` is a tensor for each state: h, and c of a cell that has a ``pair``.
+def check_heads(heads: Any, hidden_size: int, proj_size: int) -> None:
+    """Raise TypeError or ValueError unless the hidden units can be cut into ``heads``."""
+    if not isinstance(heads, int) or isinstance(heads, bool):
+        raise TypeError(f"heads should be of type int, got: {type(heads).__name__}")
+    if heads < 1 or hidden_size % heads:
+        raise ValueError(f"heads should divide hidden_size={hidden_size}, got {heads}")
+    if heads > 1 and proj_size:
+        raise ValueError(f"heads={heads} cannot be combined with proj_size={proj_size}")
+
+
+def check_states(hx: Any, cell: Cell) -> None:
+    """Raise unless ``hx`` is a tensor for each state of a cell.
 
     A single state comes as a tuple of itself.
 
@@ -43,14 +54,19 @@ def check_states(hx: Any, pair: bool) -> None:
         RuntimeError: torch.nn's, for another number of states.
         TypeError: they are no tensors.
     """
-    if pair and not isinstance(hx, (tuple, list)):
-        raise TypeError(f"hx should be a tuple (h_0, c_0) of tensors, got {type(hx).__name__}")
-    if pair and len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
+    names = cell.states
+    several = len(names) > 1
+    pair = f"a tuple ({', '.join([f'{name}_0' for name in names])}) of tensors"
+    if several and not isinstance(hx, (tuple, list)):
+        raise TypeError(f"hx should be {pair}, got {type(hx).__name__}")
+    if several and len(hx) != len(names):
+        if cell.torch is not None:
+            raise RuntimeError("lstm expects two hidden states")
+        raise RuntimeError(f"hx should be {pair}, got {len(hx)}")
     if not all([isinstance(s, Tensor) for s in hx]):
         kinds = [type(s).__name__ for s in hx]
-        if pair:
-            raise TypeError(f"hx should be a tuple (h_0, c_0) of tensors, got {kinds}")
+        if several:
+            raise TypeError(f"hx should be {pair}, got {kinds}")
         raise TypeError(f"hx should be a tensor, got {kinds[0]}")
 
 
@@ -277,7 +293,7 @@ def check_initial(
         B: sequences.
         widths: of the states.
     """
-    names = ["hidden[0]", "hidden[1]"] if len(states) == 2 else ["hidden"]
+    names = [f"hidden[{i}]" for i in range(len(states))] if len(states) > 1 else ["hidden"]
     autocast = autocast_dtype(input) is not None
     for name, state, width in zip(names, states, widths, strict=True):
         expected = (rows, B, width)
@@ -302,6 +318,11 @@ def check_dims(states: tuple[Tensor, ...], batched: bool) -> None:
         return
     kind = "batched 3-D" if batched else "unbatched 2-D"
     dims = [f"{s.dim()}-D" for s in states]
+    if len(states) > 2:
+        raise RuntimeError(
+            f"For {kind} input, the states in hx should also be {want}-D "
+            f"but got ({', '.join(dims)}) tensors"
+        )
     if len(states) == 2:
         raise RuntimeError(
             f"For {kind} input, hx and cx should also be {want}-D "

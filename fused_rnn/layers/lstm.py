@@ -52,6 +52,9 @@ class FusedLSTM(FusedRNNBase):
             ``c_0`` [L*D, H], at first zero; they stand in for ``hx`` where it is not given.
         clip_recurrent_grad: cut the gradient that a step passes to the state before it to
             [-value, value], element by element; None to leave it.
+        heads: blocks k on the diagonal of the recurrent weights: each k-th part of the hidden state
+            enters its own part of the gates alone. k divides H, and ``weight_hh`` are [k, G*H/k,
+            H/k] for k > 1, each block by gate and unit, G being the number of gates.
 
     Inputs:
         **input**: [T, B, I] ([B, T, I] with ``batch_first``, [T, I] unbatched) or a PackedSequence,
@@ -114,6 +117,7 @@ class FusedLSTM(FusedRNNBase):
         recurrent_dropout: float = 0.0,
         learn_h0: bool = False,
         clip_recurrent_grad: float | None = None,
+        heads: int = 1,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -133,6 +137,7 @@ class FusedLSTM(FusedRNNBase):
             recurrent_dropout=recurrent_dropout,
             learn_h0=learn_h0,
             clip_recurrent_grad=clip_recurrent_grad,
+            heads=heads,
         )
 
     @overload

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_rnn.engines import cells
+from fused_rnn.cells.builtin import CELLS
 from fused_rnn.engines.dispatch import Backend, check_backend
-from fused_rnn.layers.checks import check_arguments, check_input, check_options
+from fused_rnn.layers.checks import check_arguments, check_heads, check_input, check_options
 from fused_rnn.spec.cells import Cell
 from fused_rnn.spec.layer import Weights
 
@@ -17,13 +17,6 @@ Entry = tuple[str, tuple[int, ...]]  # the name of a parameter, and its size
 # Those of :class:`fused_rnn.spec.layer.Weights` of one direction, the cell's own ones last.
 Entries = list[Any]
 
-CELLS = {
-    "RNN_TANH": cells.RNN_TANH,
-    "RNN_RELU": cells.RNN_RELU,
-    "GRU": cells.GRU,
-    "LSTM": cells.LSTM,
-}  # by torch.nn's names of modes
-
 # What torch.nn's layers do not have, with its defaults.
 OPTIONS: dict[str, object] = {
     "recompute": False,
@@ -31,6 +24,7 @@ OPTIONS: dict[str, object] = {
     "recurrent_dropout": 0.0,
     "learn_h0": False,
     "clip_recurrent_grad": None,
+    "heads": 1,
 }
 
 
@@ -81,10 +75,11 @@ class RecurrentModule(nn.Module):
     recurrent_dropout: float
     learn_h0: bool
     clip_recurrent_grad: float | None
+    heads: int
 
     def __init__(
         self,
-        mode: str,
+        mode: str | Cell,
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
@@ -102,13 +97,17 @@ class RecurrentModule(nn.Module):
         recurrent_dropout: float = 0.0,
         learn_h0: bool = False,
         clip_recurrent_grad: float | None = None,
+        heads: int = 1,
     ) -> None:
         super().__init__()
         self.dropout = float(dropout)
         check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         check_backend(backend)
         check_options(recompute, zoneout, recurrent_dropout, learn_h0, clip_recurrent_grad)
-        self.mode = mode
+        check_heads(heads, hidden_size, proj_size)
+        self.mode = mode if isinstance(mode, str) else mode.name
+        if isinstance(mode, Cell):
+            self.cell = mode
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -122,13 +121,14 @@ class RecurrentModule(nn.Module):
         self.recurrent_dropout = float(recurrent_dropout)
         self.learn_h0 = learn_h0
         self.clip_recurrent_grad = clip_recurrent_grad
+        self.heads = heads
         self._name_parameters()
 
         for name, size in zip(self._sizes.names, self._sizes.sizes, strict=True):
             parameter = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
         if learn_h0:
-            for name, width in zip(("h_0", "c_0"), self._sizes.widths, strict=False):
+            for name, width in zip(self._initial_names, self._sizes.widths, strict=True):
                 shape = (num_layers * self._directions, width)
                 parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                 self.register_parameter(name, parameter)
@@ -136,16 +136,22 @@ class RecurrentModule(nn.Module):
 
     @property
     def _cell(self) -> Cell:
-        return CELLS[self.mode]
+        cell: Cell | None = self.__dict__.get("cell")
+        return CELLS[self.mode.lower()] if cell is None else cell
+
+    @property
+    def _initial_names(self) -> list[str]:
+        """The names of the learned initial states."""
+        return [f"{state}_0" for state in self._cell.states]
 
     @property
     def _directions(self) -> int:
-        return 2 if self.bidirectional else 1
+        return 1 + self.bidirectional
 
     @property
     def _state_widths(self) -> list[int]:
         carried = self.proj_size or self.hidden_size
-        return [carried, self.hidden_size] if self._cell.has_c else [carried]
+        return [carried] + [self.hidden_size] * (len(self._cell.states) - 1)
 
     def _weights(self) -> list[list[Weights]]:
         """The parameters by layer and direction, read afresh: nothing is cached past a change.
@@ -231,14 +237,19 @@ class RecurrentModule(nn.Module):
     def reset_parameters(self) -> None:
         """Draw every parameter from U(-1/sqrt(H), 1/sqrt(H)), as torch.nn does.
 
-        Learned initial states begin as zeros.
+        Learned initial states begin as zeros, or as the cell says; its own parameters, too, if it
+        says so.
         """
-        bound = 1.0 / math.sqrt(self.hidden_size)
+        bound, cell = 1.0 / math.sqrt(self.hidden_size), self._cell
+        constants: dict[str, Any] = dict(zip(self._initial_names, cell.initial, strict=True))
+        for *_, vectors in [entries for layer in self._entries for entries in layer]:
+            constants |= {n: c for (n, _), c in zip(vectors, cell.begin, strict=True)}
         for name, parameter in self.named_parameters():
-            if name in ("h_0", "c_0"):
-                nn.init.zeros_(parameter)
-            else:
+            constant = constants.get(name)
+            if constant is None:
                 nn.init.uniform_(parameter, -bound, bound)
+            else:
+                nn.init.constant_(parameter, constant)
 
     def flatten_parameters(self) -> None:
         """Do nothing; for code written for torch.nn. These layers need no flat weight buffer."""
@@ -258,16 +269,7 @@ class RecurrentModule(nn.Module):
 
     def _name_parameters(self) -> None:
         """Names and sizes of the parameters, by layer and direction and in torch.nn's order."""
-        self._entries = _entries_of(
-            self._cell,
-            self.input_size,
-            self.hidden_size,
-            self.num_layers,
-            self._directions,
-            self.bias,
-            self.proj_size,
-            1,
-        )
+        self._entries = _entries_of(self)
         flat = [e for layer in self._entries for d in layer for e in _present(d)]
         names, sizes = [name for name, _ in flat], [torch.Size(size) for _, size in flat]
         self._sizes = Sizes(names, sizes, self.num_layers * self._directions, self._state_widths)
@@ -349,33 +351,29 @@ class RecurrentModule(nn.Module):
 
     def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
         """The states ``hx`` with their sequences in the order of ``permutation``, int64 [B]."""
-        return hx if permutation is None else hx.index_select(1, permutation)
+        if permutation is None:
+            return hx
+        if isinstance(hx, tuple):
+            return tuple([s.index_select(1, permutation) for s in hx])
+        return hx.index_select(1, permutation)
 
 
 # What older versions kept in a module.
 _FORMER = frozenset({"_layout", "_order"})
 
 
-def _entries_of(
-    cell: Cell,
-    I: int,
-    H: int,
-    layers: int,
-    directions: int,
-    bias: bool,
-    projection: int,
-    heads: int,
-) -> list[list[Entries]]:
+def _entries_of(module: RecurrentModule) -> list[list[Entries]]:
     """By layer and direction, the entries of :class:`fused_rnn.spec.layer.Weights`."""
-    rows, carried, width = cell.blocks * H, projection or H, I
+    cell, H, R, heads = module._cell, module.hidden_size, module.proj_size, module.heads
+    rows, carried, width = cell.blocks * H, R or H, module.input_size
     recurrent = (rows, carried) if heads == 1 else (heads, rows // heads, H // heads)
     by_layer = []
-    for layer in range(layers):
+    for layer in range(module.num_layers):
         mine = []
-        for suffix in ("", "_reverse")[:directions]:
+        for suffix in ("", "_reverse")[: module._directions]:
             sizes = (rows, width), recurrent, (rows,), (rows,), (carried, H)
             kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-            there = (True, True, bias, bias, projection > 0)
+            there = (True, True, module.bias, module.bias, R > 0)
             entries: Entries = [
                 (f"{kind}_l{layer}{suffix}", size) if here else None
                 for kind, size, here in zip(kinds, sizes, there, strict=True)
@@ -383,7 +381,7 @@ def _entries_of(
             vectors = [(f"{name}_l{layer}{suffix}", (H,)) for name in cell.parameters]
             mine.append([*entries, vectors])
         by_layer.append(mine)
-        width = carried * directions
+        width = carried * module._directions
     return by_layer
 
 

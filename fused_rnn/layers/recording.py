@@ -83,29 +83,32 @@ def record(
         "return_cell_sequence": return_cell_sequence,
     }
     used |= {name: value is not None for name, value in keywords.items()}
+    used |= {"heads": layer.heads > 1, f"cell {layer._cell.name}": layer._cell.torch is None}
     if any(used.values()):
         names = ", ".join(name for name, there in used.items() if there)
         raise RuntimeError(f"torch.jit.trace records torch.nn's layer, which has no {names}")
-    cls = _PLAIN[layer.mode]
+    lstm = layer._cell.has_c
+    cls = _PLAIN[layer.mode.upper()]
     plain = cls.__new__(cls)
     nn.Module.__init__(plain)
-    plain.__setstate__({name: getattr(layer, name) for name in _CONFIG})
+    config = {name: getattr(layer, name) for name in _CONFIG}
+    plain.__setstate__(config | {"mode": layer.mode.upper()})
     if hx is None and layer.learn_h0:
         hx = _learned(layer, input)
-    elif hx is not None and layer.mode != "LSTM":
+    elif hx is not None and not lstm:
         (hx,) = hx
     output, final = plain.forward(input, hx)
-    return output, final if layer.mode == "LSTM" else (final,)
+    return output, final if lstm else (final,)
 
 
 def _learned(layer: RecurrentModule, input: Any) -> Any:
     """The learned initial states as ``hx``, which follows the batch size of each call."""
-    learned = [getattr(layer, name) for name in ("h_0", "c_0")[: len(layer._sizes.widths)]]
+    learned = [getattr(layer, name) for name in layer._initial_names]
     packed = isinstance(input, PackedSequence)
     if packed or input.dim() == 3:
         B = input.batch_sizes[0] if packed else input.size(0 if layer.batch_first else 1)
         learned = [s[:, None].expand(-1, B, -1) for s in learned]
-    return tuple(learned) if layer.mode == "LSTM" else learned[0]
+    return tuple(learned) if len(learned) > 1 else learned[0]
 
 
 def _node(
@@ -128,12 +131,15 @@ def _node(
             "torch.fx.symbolic_trace would run the hooks of a fused layer twice; make it a leaf: "
             "torch.fx.GraphModule(model, fused_rnn.Tracer().trace(model))"
         )
-    lstm = layer.mode == "LSTM"
+    states, own = layer._cell.states, "cell" in layer.__dict__
     keywords = {name: value for name, value in keywords.items() if value is not None}
     if hx is not None:
-        keywords["hx"] = hx if lstm else hx[0]
+        keywords["hx"] = hx if len(states) > 1 else hx[0]
     if return_cell_sequence:
-        keywords["return_cell_sequence"] = True
+        keywords["return_state_sequences" if own else "return_cell_sequence"] = True
     node: Any = tracer.create_proxy("call_module", path, (input,), keywords)
-    final = (node[1][0], node[1][1]) if lstm else (node[1],)
-    return (node[0], final, node[2]) if return_cell_sequence else (node[0], final)
+    final = tuple([node[1][i] for i in range(len(states))]) if len(states) > 1 else (node[1],)
+    if not return_cell_sequence:
+        return node[0], final
+    others = [node[2][i] for i in range(len(states) - 1)] if own else [node[2]]
+    return (node[0], final, *others)

@@ -46,6 +46,9 @@ class FusedRNN(FusedRNNBase):
             stand in for ``hx`` where it is not given.
         clip_recurrent_grad: cut the gradient that a step passes to the state before it to
             [-value, value], element by element; None to leave it.
+        heads: blocks k on the diagonal of the recurrent weights: each k-th part of the hidden state
+            enters its own part of the gates alone. k divides H, and ``weight_hh`` are [k, G*H/k,
+            H/k] for k > 1, each block by gate and unit, G being the number of gates.
 
     Inputs:
         **input**: [T, B, I] ([B, T, I] with ``batch_first``, [T, I] unbatched) or a PackedSequence,
@@ -104,6 +107,7 @@ class FusedRNN(FusedRNNBase):
         recurrent_dropout: float = 0.0,
         learn_h0: bool = False,
         clip_recurrent_grad: float | None = None,
+        heads: int = 1,
     ) -> None:
         _refuse_projection(proj_size)
         modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
@@ -130,6 +134,7 @@ class FusedRNN(FusedRNNBase):
             recurrent_dropout=recurrent_dropout,
             learn_h0=learn_h0,
             clip_recurrent_grad=clip_recurrent_grad,
+            heads=heads,
         )
 
     @overload
@@ -222,6 +227,9 @@ class FusedGRU(FusedRNNBase):
             stand in for ``hx`` where it is not given.
         clip_recurrent_grad: cut the gradient that a step passes to the state before it to
             [-value, value], element by element; None to leave it.
+        heads: blocks k on the diagonal of the recurrent weights: each k-th part of the hidden state
+            enters its own part of the gates alone. k divides H, and ``weight_hh`` are [k, G*H/k,
+            H/k] for k > 1, each block by gate and unit, G being the number of gates.
 
     Inputs:
         **input**: [T, B, I] ([B, T, I] with ``batch_first``, [T, I] unbatched) or a PackedSequence,
@@ -279,6 +287,7 @@ class FusedGRU(FusedRNNBase):
         recurrent_dropout: float = 0.0,
         learn_h0: bool = False,
         clip_recurrent_grad: float | None = None,
+        heads: int = 1,
     ) -> None:
         _refuse_projection(proj_size)
         super().__init__(
@@ -299,6 +308,7 @@ class FusedGRU(FusedRNNBase):
             recurrent_dropout=recurrent_dropout,
             learn_h0=learn_h0,
             clip_recurrent_grad=clip_recurrent_grad,
+            heads=heads,
         )
 
     @overload

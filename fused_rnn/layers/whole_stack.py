@@ -93,6 +93,7 @@ def _unusual(module: RecurrentModule, hx: Any) -> bool:
         or module.clip_recurrent_grad is not None
         or (module.learn_h0 and hx is None)
         or module._cell.torch is None
+        or module.heads > 1
         or transformed()
         or torch._C._len_torch_dispatch_stack()  # a counter of FLOPs, or a tracer
     )

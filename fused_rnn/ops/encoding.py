@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fused_rnn.engines import reference
-from fused_rnn.engines.cells import CELLS
 from fused_rnn.engines.dispatch import Backend, choose
 from fused_rnn.spec.batch import BatchLayout
-from fused_rnn.spec.cells import Cell
+from fused_rnn.spec.cells import Cell, cell_of
 from fused_rnn.spec.layer import Engine, LayerInputs, LayerSpec, Options, Outputs
 
 
@@ -21,7 +20,7 @@ class Settings(NamedTuple):
     present=11...``, which an exported graph can hold and a reader can read.
 
     Attributes:
-        name: of the cell.
+        key: of the cell.
         directions: 1 or 2.
         recompute: whether only the states are saved for backward.
         backend: what the user asks for: "auto", "triton", "cpu", "native" or "eager".
@@ -29,7 +28,7 @@ class Settings(NamedTuple):
         present: which of :meth:`fused_rnn.spec.layer.LayerInputs.flatten` there are.
     """
 
-    name: str
+    key: str
     directions: int
     recompute: bool
     backend: Backend
@@ -38,8 +37,12 @@ class Settings(NamedTuple):
 
     @property
     def cell(self) -> Cell:
-        """The cell that has the name now."""
-        return CELLS[self.name]
+        """The cell, which has been defined in this process.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        return cell_of(self.key)
 
     @staticmethod
     def text(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> str:
@@ -47,7 +50,7 @@ class Settings(NamedTuple):
         cells = spec.options is not None and spec.options.cells
         present = "".join(["0" if t is None else "1" for t in inputs.flatten()])
         return (
-            f"{spec.cell.name} directions={spec.directions} recompute={int(spec.recompute)} "
+            f"{spec.cell.key} directions={spec.directions} recompute={int(spec.recompute)} "
             f"backend={backend} cells={int(cells)} present={present}"
         )
 
@@ -55,11 +58,11 @@ class Settings(NamedTuple):
     @lru_cache(maxsize=4096)
     def of(text: str) -> "Settings":
         """From the text."""
-        name, *pairs = text.split()
+        key, *pairs = text.split()
         directions, recompute, backend, cells, present = (p.partition("=")[2] for p in pairs)
         marks = tuple([mark == "1" for mark in present])
         known: Any = backend
-        return Settings(name, int(directions), recompute == "1", known, cells == "1", marks)
+        return Settings(key, int(directions), recompute == "1", known, cells == "1", marks)
 
     def restore(self, tensors: Sequence[Any]) -> LayerInputs:
         """The inputs, of those tensors that there are."""
@@ -121,10 +124,11 @@ def sorted_out(
         cell,
         layout,
         directions,
-        weights[0].w_hh.shape[0] // cell.gates,
+        weights[0].w_ih.shape[0] // cell.blocks,
         projected=weights[0].w_hr is not None,
         recompute=recompute,
         options=None if plain else options,
+        heads=1 if weights[0].w_hh.dim() == 2 else weights[0].w_hh.shape[0],
     )
     choice = choose(spec, x.device, x.dtype, backend, record)
     run = None if record else choice.run

@@ -43,7 +43,7 @@ def rnn_layer(
     even where autocast is set to bf16.)
 
     Args:
-        cell: one of :mod:`fused_rnn.engines.cells`.
+        cell: the cell, as of :mod:`fused_rnn.cells.builtin`.
         x: input rows [N, I] in order of time, see :class:`fused_rnn.spec.batch.BatchLayout`.
         h0: initial hidden state [D, B, R], with R the projection size or else H.
         c0: initial cell state [D, B, H], or None for a cell without one.
@@ -94,7 +94,7 @@ def describe(
     """What is to be computed by :func:`rnn_layer` of these arguments, types settled.
 
     Args:
-        cell: one of :mod:`fused_rnn.engines.cells`.
+        cell: the cell, as of :mod:`fused_rnn.cells.builtin`.
         x: input rows [N, I] in order of time; while they are traced [T, B, I].
         h0: initial hidden state [D, B, R], with R the projection size or else H.
         c0: initial cell state [D, B, H], or None for a cell without one.
@@ -119,11 +119,12 @@ def describe(
         cell,
         layout,  # type: ignore[arg-type]  # a tracer's goes no further than the operators
         len(weights),
-        w.w_hh.shape[0] // cell.gates,
+        w.w_ih.shape[0] // cell.blocks,
         projected=w.w_hr is not None,
         recompute=recompute,
         options=settled,
         from_zero=from_zero,
+        heads=1 if w.w_hh.dim() == 2 else w.w_hh.shape[0],
     )
     return spec, inputs
 

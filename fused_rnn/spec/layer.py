@@ -1,8 +1,8 @@
 """One recurrent layer as its engines see it: what it is, its inputs, outputs and gradients.
 
 Shapes: T steps, B sequences, N rows in all, D directions, I inputs, H hidden units, G gates, K
-states beside h, P parameters of a unit, and R = proj_size or H rows in the carried h. "c" stands for
-all states beside h, [.., K*H], one after the other: that of the LSTM, where there is one.
+states beside h, P parameters of a unit, and R = proj_size or H rows in the carried h. "c" stands
+for all states beside h, [.., K*H], one after the other: that of the LSTM, where there is one.
 """
 
 from collections.abc import Callable, Sequence

@@ -16,7 +16,7 @@ from fused_rnn.engines.triton.products import plan_request
 from fused_rnn.kernels.chips import LIMITS
 from fused_rnn.kernels.plan import DoesNotFit
 from fused_rnn.layers import whole_stack
-from fused_rnn.layers.base import FusedRNNBase
+from fused_rnn.layers.base import FusedRecurrent, FusedRNNBase
 from fused_rnn.layers.call import describe, describe_layer
 from fused_rnn.layers.lstm import FusedLSTM
 from fused_rnn.layers.rnn import FusedGRU
@@ -52,7 +52,7 @@ class Explanations(tuple[Explanation, ...]):
 
 
 # What a call takes, without and with c; a subclass may take something else.
-_CALLS = tuple(inspect.signature(cls.forward) for cls in (FusedGRU, FusedLSTM))
+_CALLS = tuple(inspect.signature(cls.forward) for cls in (FusedGRU, FusedLSTM, FusedRecurrent))
 Described = tuple[LayerSpec, LayerInputs]
 
 
@@ -77,11 +77,17 @@ def _arguments(
     layer: FusedRNNBase, x: Tensor | PackedSequence, call: dict[str, Any]
 ) -> tuple[Any, Any, Any, Any, bool]:
     """``hx`` as a tuple, ``lengths``, ``reset``, ``mask``, ``return_cell_sequence`` of a call."""
-    given = _CALLS[layer._cell.has_c].bind(layer, x, **call).arguments
+    cell = layer._cell
+    given = (
+        _CALLS[2 if isinstance(layer, FusedRecurrent) else cell.has_c]
+        .bind(layer, x, **call)
+        .arguments
+    )
     hx, lengths, reset, mask = (given.get(name) for name in ("hx", "lengths", "reset", "mask"))
-    if hx is not None and not layer._cell.has_c:
+    if hx is not None and not cell.has_c:
         hx = (hx,)
-    return hx, lengths, reset, mask, bool(given.get("return_cell_sequence"))
+    cells = given.get("return_cell_sequence") or given.get("return_state_sequences")
+    return hx, lengths, reset, mask, bool(cells and cell.has_c)
 
 
 def explain(
@@ -99,7 +105,7 @@ def explain(
         gpu: ask for the kernels on a GPU that need not be here: 80, 86, 89, 90, 100, 120 or
             "gfx942".
         **call: what else the call takes: ``hx``, ``lengths``, ``mask``, ``reset``,
-            ``return_cell_sequence``.
+            ``return_cell_sequence`` or ``return_state_sequences``.
 
     Raises:
         TypeError: ``layer`` is not a fused layer, or its call has no such argument.

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import (
 )
 
 from fused_rnn.engines.dispatch import Backend, check_backend
-from fused_rnn.layers.base import FusedRNNBase
+from fused_rnn.layers.base import FusedRecurrent, FusedRNNBase
 from fused_rnn.layers.checks import check_options
 from fused_rnn.layers.lstm import FusedLSTM
 from fused_rnn.layers.parameters import OPTIONS
@@ -98,8 +98,10 @@ def _swap(model: nn.Module, twins: _Twins, extra: dict[str, Any]) -> nn.Module:
     places = [("", model)]
     places += [(n, c) for p in parents for n, c in p._modules.items() if c is not None]
     swapped: dict[nn.Module, str] = {}  # a layer that stands in two places keeps one twin
+    # Nor has the layer of any cell a twin in torch.nn.
+    kinds = (*twins, FusedRecurrent) if twins is _PLAIN else tuple(twins)
     for name, layer in places:
-        if isinstance(layer, tuple(twins)):
+        if isinstance(layer, kinds):
             swapped.setdefault(layer, name)
     for layer in list(swapped):
         cls = twins.get(type_before_parametrizations(layer))
@@ -124,10 +126,13 @@ def _why_not(layer: nn.Module, cls: type[nn.Module] | None) -> str | None:
     Raises:
         ValueError: torch.nn's layer could not do what ``layer`` does.
     """
+    if isinstance(layer, FusedRecurrent):
+        return "has no twin in torch.nn: left as it is"
     if cls is None:
         return "is a subclass of a recurrent layer: left as it is"
     if isinstance(layer, FusedRNNBase):
-        used = [name for name in OPTIONS if name != "recompute" and getattr(layer, name)]
+        options = {name: default for name, default in OPTIONS.items() if name != "recompute"}
+        used = [name for name, default in options.items() if getattr(layer, name) != default]
         if used:
             raise ValueError(f"torch.nn's layers have no {', '.join(used)}")
     fusing, own = issubclass(cls, FusedRNNBase), layer.__dict__

@@ -5,8 +5,6 @@ calls are what torch.nn's own loop, with autograd's records of each, loses its t
 See :mod:`fused_rnn.engines.cpu.sweep`.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -49,7 +47,7 @@ def forward(spec: LayerSpec, inputs: LayerInputs, save: bool) -> tuple[Outputs, 
 
 def saved_specs(spec: LayerSpec, inputs: LayerInputs) -> Specs:
     """Of the gates and c of each direction, see :class:`fused_rnn.spec.layer.Engine`."""
-    shapes = _kind(spec).saved_shapes(spec, inputs.x.shape[0])
+    shapes = Sweep.saved_shapes(spec, inputs.x.shape[0])
     dtype = compute_dtype(inputs.x.dtype)
     return tuple([None if s is None else (s, dtype) for s in shapes]) * spec.directions
 
@@ -94,17 +92,11 @@ def backward(
     )
 
 
-def _kind(spec: LayerSpec) -> type[Sweep]:
-    kind: Any = spec.cell.sweep
-    assert kind is not None, "the choice of an engine has seen to it"
-    return kind  # type: ignore[no-any-return]
-
-
 def _sweep(spec: LayerSpec, inputs: LayerInputs, d: int, out: Tensor) -> Sweep:
     """The sweep of direction ``d``, whose output is ``out`` [N, R]."""
     x, h0, c0, weights, _ = inputs
     c = None if c0 is None else c0[d]
-    return _kind(spec)(spec=spec, reverse=d == 1, x=x, h0=h0[d], c0=c, w=weights[d], out=out)
+    return Sweep(spec=spec, reverse=d == 1, x=x, h0=h0[d], c0=c, w=weights[d], out=out)
 
 
 def _widened(inputs: LayerInputs) -> LayerInputs:

@@ -51,7 +51,7 @@ def refusal(spec: LayerSpec, dtype: torch.dtype) -> str | None:
         return "there are no kernels for projections (proj_size)"
     kernels, zoned = spec.cell.kernels, spec.options is not None and spec.options.zoned
     if kernels is None:
-        return f"there are no kernels for {spec.cell.name}"
+        return spec.cell.no_kernels
     if zoned and kernels.states > 1 and kernels.functions().others is None:
         return f"there are no kernels for {spec.cell.name} with zoneout"
     return None

@@ -5,12 +5,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_rnn.layers.base import FusedRNNBase
+from fused_rnn.layers.base import FusedRecurrent, FusedRNNBase
 from fused_rnn.tools.check.rows import CELLS, DTYPES, Row
 from fused_rnn.tools.explain import explain
 
@@ -118,8 +119,16 @@ def ran(backend: str, reason: str) -> str:
 
 
 def layers(row: Row) -> tuple[nn.Module, nn.Module, FusedRNNBase]:
-    """The same layer three times, on the CPU: torch.nn's in fp64, torch.nn's, ours."""
-    theirs, ours, options = CELLS[row.cell]
+    """The same layer three times, on the CPU: torch.nn's in fp64, torch.nn's, ours.
+
+    In the place of torch.nn's stands the eager loop of a cell that it lacks.
+    """
+    theirs: Any
+    ours: Any
+    theirs, ours, options = CELLS.get(row.cell, (None, None, {}))
+    if theirs is None:
+        ours = partial(FusedRecurrent, row.known)
+        theirs = partial(ours, backend="eager")
     torch.manual_seed(0)
     dtype = DTYPES[row.dtype]
     plain = theirs(row.I, row.H, dtype=dtype, **options)
@@ -152,8 +161,10 @@ def inputs(row: Row) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         drawn = torch.randn(size, generator=generator, dtype=torch.float64)
         return drawn.to(DTYPES[row.dtype])
 
-    states = [random(1, row.B, row.H) for _ in range(2 if row.cell == "lstm" else 1)]
-    dout = [random(row.T, row.B, row.H), *(random(1, row.B, row.H) for _ in states)]
+    count = len(row.known.states)
+    # Not any number is a state of sLSTM, whose n counts: it begins as it does by itself.
+    states = [random(1, row.B, row.H) for _ in range(count if row.cell in CELLS else 0)]
+    dout = [random(row.T, row.B, row.H), *(random(1, row.B, row.H) for _ in range(count))]
     return random(row.T, row.B, row.I), states, dout
 
 
@@ -163,7 +174,7 @@ def run(
     """Outputs without and with gradients, and the gradients of everything."""
     dtype = next(layer.parameters()).dtype
     x, *hx = (t.detach().to(device, dtype).requires_grad_() for t in (x, *states))
-    state = tuple(hx) if len(hx) == 2 else hx[0]
+    state = tuple(hx) if len(hx) == 2 else hx[0] if hx else None
 
     def outputs() -> list[Tensor]:
         out, final = layer(x, state)

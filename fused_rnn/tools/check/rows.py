@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 import fused_rnn
-from fused_rnn.engines import cells, native_rules
+from fused_rnn.cells import builtin as cells
+from fused_rnn.engines import native_rules
 from fused_rnn.engines.dispatch import Backend
 from fused_rnn.engines.triton import devices
 from fused_rnn.engines.triton.devices import UnknownDevice, device_limits
 from fused_rnn.engines.triton.plans import choose_plan
 from fused_rnn.engines.triton.support import refusal_of_triton
 from fused_rnn.kernels.plan import PlanRequest, Precision
+from fused_rnn.spec.cells import Cell
 
 # name: (torch.nn's layer, ours, keyword arguments of both)
 CELLS: dict[str, tuple[type[Any], type[Any], dict[str, str]]] = {
@@ -45,6 +47,9 @@ QUICK = (
     ("lstm", "fp16", "cooperative"),
     ("rnn_relu", "fp32", "streamed"),
 )
+# A cell that torch.nn lacks, whose sweeps are derived: it is compared with the loop of its step.
+OWN = "slstm"
+OWN_SIZES = {"persistent": (64, 32), "cooperative": (512, 256)}
 NO_KERNELS = "none on this device"
 
 PlanOf = Callable[[PlanRequest], Any]
@@ -55,7 +60,7 @@ class Row:
     """One layer to check.
 
     Attributes:
-        cell: a key of CELLS.
+        cell: a key of CELLS, or OWN.
         dtype: a key of DTYPES.
         wanted: a regime of the kernels, "sweeps" of the CPU, "native" or "eager".
         T: time steps; also B sequences, I inputs, H hidden units.
@@ -85,11 +90,23 @@ class Row:
         """Of fp32 products on a GPU."""
         return "tf32" if self.dtype == "tf32" else "ieee"
 
+    @property
+    def known(self) -> Cell:
+        """The cell."""
+        return cells.CELLS[self.cell] if self.cell in CELLS else slstm()
+
     def request(self) -> PlanRequest:
         """What the planner is asked."""
-        cell = cells.CELLS[self.cell].kernels
+        cell = self.known.kernels
         assert cell is not None
         return PlanRequest(cell, self.H, DTYPES[self.dtype], self.B, 1, self.precision)
+
+
+def slstm() -> Cell:
+    """OWN; to derive it takes most of a second, so it is imported when it is wanted."""
+    from fused_rnn.cells import slstm as cell
+
+    return cell
 
 
 def where() -> tuple[torch.device, torch.device | None, str]:
@@ -116,6 +133,7 @@ def rows(*, quick: bool = False, every: bool = False) -> list[Row]:
         limits = device_limits(chip)
         plan_of: PlanOf = lambda request: choose_plan(request, limits, chip)  # noqa: E731
         wanted = list(gpu_rows(plan_of, emulated=device != chip, quick=quick, every=every))
+        wanted += _own_rows(plan_of, quick)
         return wanted if quick or device != chip else wanted + list(_native_rows())
     if device.type == "cuda":
         return list(_native_rows())
@@ -171,6 +189,19 @@ def gpu_rows(
         yield from [row for row in options if row is not None][:1]
 
 
+def _own_rows(plan_of: PlanOf, quick: bool) -> Iterator[Row]:
+    """Those of a cell that torch.nn lacks, in bf16; a loop is nothing to be timed beside."""
+    for regime, sizes in OWN_SIZES.items():
+        for H in sizes:
+            T, B, I = (4, 8, 16) if quick else (32, 16, 64)
+            row = Row(OWN, "bf16", regime, T, B, I, H, timed_steps=0, backend="triton")
+            if _regime(plan_of, row) == regime:
+                yield row
+                break
+        if quick:
+            return
+
+
 def _regime(plan_of: PlanOf, row: Row) -> str | None:
     from fused_rnn.kernels.plan import DoesNotFit
 
@@ -202,6 +233,7 @@ def _cpu_rows(quick: bool) -> Iterator[Row]:
             yield Row(cell, dtype, other, timed_steps=0, backend=backend, **size)
         if not quick:
             yield Row(cell, "fp32", "eager", timed_steps=0, backend="eager", **size)
+    yield Row(OWN, "fp32", "sweeps", timed_steps=0, **size)
 
 
 def _interpreter_rows(quick: bool) -> Iterator[Row]:
@@ -213,3 +245,5 @@ def _interpreter_rows(quick: bool) -> Iterator[Row]:
     for cell in ("gru", "lstm") if quick else CELLS:
         for dtype in ("fp32",) if quick else ("fp32", "fp16"):
             yield Row(cell, dtype, "persistent", backend="triton", **size)
+    if not quick:
+        yield Row(OWN, "fp32", "persistent", backend="triton", **size)

@@ -1,0 +1,86 @@
+"""The adjoint of a step, as sums of products of gradients and factors.
+
+What depends on the gradients of the new states is linear in them. Written as sums of (gradient,
+factor), whose factors depend on saved values alone, a sweep forms all factors of a step before the
+gradients are known, and what is left to do then is a few multiplications and additions.
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+from fused_rnn.derive.expressions import Expression, Expressions, reachable
+
+Form = dict[str, Expression]  # the sum over (name of a gradient: its factor)
+
+
+class Adjoint(NamedTuple):
+    """The gradients of a step's inputs.
+
+    Attributes:
+        sums: gradients that are used several times, in order, as (name, form).
+        results: the gradients of the inputs; an empty form is zero.
+    """
+
+    sums: list[tuple[str, Form]]
+    results: list[Form]
+
+
+def linear(make: Expressions, gradients: list[Expression], states: int) -> Adjoint:
+    """Split ``gradients``, which are linear in the leaves "d0" to "d{states - 1}".
+
+    Raises:
+        ValueError: they are not linear, as PyTorch's own derivatives always are.
+    """
+    roots = {make.leaf(f"d{i}") for i in range(states)}
+    order = list(reachable(gradients))
+    depends = set(roots)
+    for node in order:
+        if any(operand in depends for operand in node.operands):
+            depends.add(node)
+    users = Counter(o for node in order if node in depends for o in node.operands)
+    users.update(gradients)
+    forms: dict[Expression, Form] = {}
+    sums: list[tuple[str, Form]] = []
+    for node in order:
+        if node not in depends:
+            continue
+        form = {str(node): make.one} if node in roots else _form(make, node, forms)
+        if users[node] > 1 and len(form) > 1:
+            sums.append((f"p{len(sums)}", form))
+            form = {sums[-1][0]: make.one}
+        forms[node] = form
+    results = [forms.get(g, {}) for g in gradients]
+    if any(g not in depends and g.value != 0 for g in gradients):
+        raise ValueError("a gradient does not depend on those of the new states")
+    return Adjoint(sums, results)
+
+
+def _form(make: Expressions, node: Expression, forms: dict[Expression, Form]) -> Form:
+    """Of a node, whose operands have theirs."""
+    args = node.operands
+    linear = [arg in forms for arg in args]
+    if node.op == "neg":
+        return {base: make.make("neg", f) for base, f in forms[args[0]].items()}
+    if node.op in ("mul", "div") and sum(linear) == 1 and (linear[0] or node.op == "mul"):
+        mine, other = (args[0], args[1]) if linear[0] else (args[1], args[0])
+        return {base: make.make(node.op, f, other) for base, f in forms[mine].items()}
+    if node.op in ("add", "sub") and all(
+        there or arg.value == 0 for there, arg in zip(linear, args, strict=True)
+    ):
+        signs = ("add", node.op)
+        form: Form = {}
+        for sign, arg in zip(signs, args, strict=True):
+            for base, f in forms.get(arg, {}).items():
+                form[base] = make.make(sign, form.get(base, make.zero), f)
+        return form
+    if node.op == "where" and not linear[0]:
+        condition, *sides = args
+        if all(there or side.value == 0 for there, side in zip(linear[1:], sides, strict=True)):
+            both = [forms.get(side, {}) for side in sides]
+            bases = list(dict.fromkeys([*both[0], *both[1]]))
+            chosen = [[form.get(base, make.zero) for form in both] for base in bases]
+            return {
+                base: make.make("where", condition, *pair)
+                for base, pair in zip(bases, chosen, strict=True)
+            }
+    raise ValueError(f"the derivative is not linear in the gradient: {node.op}")

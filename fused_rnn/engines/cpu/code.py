@@ -1,0 +1,112 @@
+"""A derivation as functions of PyTorch calls: as few as possible for a time step, and in place.
+
+A call takes some microseconds, which is what counts at these sizes. So the slots of the gate buffer
+are put in an order in which what enters a product or an activation, or is multiplied by the same
+gradient, lies side by side and takes one call.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations
+from typing import Any
+
+import torch
+
+from fused_rnn.derive.derivation import Derivation, derivation
+from fused_rnn.derive.source import load
+from fused_rnn.engines.cpu import texts
+from fused_rnn.engines.cpu.texts import Parts
+from fused_rnn.spec.cells import Cell
+
+MOST_PERMUTED = 5  # slots that share input and recurrent part: all their orders are looked at
+
+
+@dataclass(frozen=True, eq=False)
+class Code:
+    """What the sweeps of a cell call.
+
+    Attributes:
+        slots: of a unit in the gate buffer: input parts of gates whose parts are apart, then the
+            slots of both parts, then the recurrent parts.
+        x_gates: the gate of each slot that the input enters: the first ones.
+        h_gates: the gate of each slot that the recurrent product enters: the last ones.
+        keeps_slots: whether backward needs the gate buffer; if not, its one slot is h.
+        needs_h: whether the factors need h before a step.
+        activations: (first slot, end, name): slots that a step activates together.
+        products: (first slot, end): slots of the reverse sweep that are multiplied together.
+        apart: slots of the reverse sweep that are no such product, nor zero.
+        factors: tensors that ``coefficients`` returns.
+        step: see :func:`fused_rnn.engines.cpu.texts.step_text`; returns h [n, H].
+        rebuild: see :func:`fused_rnn.engines.cpu.texts.rebuild_text`.
+        coefficients: see :func:`fused_rnn.engines.cpu.texts.coefficients_text`.
+        adjoint: see :func:`fused_rnn.engines.cpu.texts.adjoint_text`.
+        hidden: see :func:`fused_rnn.engines.cpu.texts.hidden_text`.
+    """
+
+    slots: int
+    x_gates: tuple[int, ...]
+    h_gates: tuple[int, ...]
+    keeps_slots: bool
+    needs_h: bool
+    activations: tuple[tuple[int, int, str], ...]
+    products: tuple[tuple[int, int], ...]
+    apart: tuple[int, ...]
+    factors: int
+    step: Callable[..., Any]
+    rebuild: Callable[..., Any]
+    coefficients: Callable[..., Any]
+    adjoint: Callable[..., Any]
+    hidden: Callable[..., Any]
+
+
+@cache
+def code_of(cell: Cell) -> Code:
+    """The functions of a cell whose step is pointwise, made once."""
+    d = derivation(cell)
+    order = _order(cell, d)
+    parts = Parts(d, order)
+    text = "\n\n".join(
+        [
+            texts.step_text(parts),
+            texts.rebuild_text(parts),
+            texts.coefficients_text(parts),
+            texts.adjoint_text(parts),
+            texts.hidden_text(parts),
+        ]
+    )
+    made = load(f"{cell.name} on a CPU", text, {"torch": torch})
+    gate_of = [g for g, gate in enumerate(cell.gates) for _ in range(1 + (gate in cell.apart))]
+    names = [cell.slots[i] for i in order]
+    apart = {g + part for g in cell.apart for part in ("_x", "_h")}
+    x = [i for i, name in zip(order, names, strict=True) if name not in apart or name[-1] == "x"]
+    h = [i for i, name in zip(order, names, strict=True) if name not in apart or name[-1] == "h"]
+    return Code(
+        slots=len(order),
+        x_gates=tuple([gate_of[i] for i in x]),
+        h_gates=tuple([gate_of[i] for i in h]),
+        keeps_slots=d.keeps_slots,
+        needs_h=d.needs_h,
+        activations=tuple(parts.activations),
+        products=tuple([(a, b) for a, b, _ in parts.products]),
+        apart=tuple(parts.apart),
+        factors=len(parts.factors),
+        **{part: made[part] for part in ("step", "rebuild", "coefficients", "adjoint", "hidden")},
+    )
+
+
+def _order(cell: Cell, d: Derivation) -> tuple[int, ...]:
+    """The derivation's slot at each place of the buffer, in the order that takes fewest calls."""
+    apart = {g + part for g in cell.apart for part in ("_x", "_h")}
+    numbers = range(len(cell.slots))
+    first = [i for i in numbers if cell.slots[i] in apart and cell.slots[i].endswith("_x")]
+    last = [i for i in numbers if cell.slots[i] in apart and cell.slots[i].endswith("_h")]
+    shared = [i for i in numbers if cell.slots[i] not in apart]
+    if len(shared) > MOST_PERMUTED:
+        return (*first, *shared, *last)
+
+    def calls(order: tuple[int, ...]) -> int:
+        parts = Parts(d, order)
+        return len(parts.activations) + len(parts.products)
+
+    return min([(*first, *some, *last) for some in permutations(shared)], key=calls)

@@ -1,15 +1,18 @@
 """Every operation of a step: derived for the CPU and for the kernels, against the eager loop."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from derived_helpers import assert_equal
 from helpers import assert_close
 from torch import Tensor
 
 from fused_rnn import FusedRecurrent, cell, show
+from fused_rnn.derive.derivation import derivation
 
 # Of two gates and the state, all of which may be negative; each of a size that keeps h small.
 OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -108,3 +111,15 @@ def test_in_the_kernels(name: str, triton_device: str, monkeypatch: pytest.Monke
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, name, growth=8)
     assert "_step(" in show(layer.cell)
+
+
+def test_numbers_beyond_all_bounds() -> None:
+    @cell(gates="a", states="hc", initial={"c": 1.0})
+    def beyond(gates: Any, state: Any) -> tuple[Tensor, Tensor]:
+        endless = torch.full_like(gates.a, math.inf)
+        bounded = torch.minimum(gates.a, 1 + endless) + torch.sin(1 / (1 + endless))
+        ever = torch.where(endless > 0, bounded, state.c) + (endless < 1).to(bounded.dtype)
+        return torch.tanh(ever), torch.floor(state.c / state.c)
+
+    assert not derivation(beyond).rests_at_zero  # 0 / 0
+    assert_equal(beyond)

@@ -8,7 +8,7 @@ from functools import cache, cached_property
 
 from fused_rnn.derive.expressions import Expression, Expressions, reachable
 from fused_rnn.derive.linear import Adjoint, Form, linear
-from fused_rnn.derive.operations import OPERATIONS
+from fused_rnn.derive.operations import value_of
 from fused_rnn.derive.trace import trace
 from fused_rnn.spec.cells import Cell
 
@@ -118,7 +118,6 @@ def derive(cell: Cell) -> Derivation:
     make, new, gradients = trace(step, (*slots, *states, *parameters), cell.step)  # type: ignore[arg-type]
     adjoint = linear(make, gradients, len(states))
     factors = _factors(adjoint)
-    # In place of the slots the adjoint is given in their order.
     saved = _saved(make, slots, states, parameters, new, factors)
     return Derivation(slots, states, parameters, make, new, saved, factors, adjoint)
 
@@ -130,7 +129,7 @@ def _values(roots: list[Expression], known: dict[Expression, float]) -> list[flo
     def value(node: Expression) -> float:
         if node not in values:
             number, operands = node.value, [value(o) for o in node.operands]
-            values[node] = OPERATIONS[node.op].evaluate(*operands) if number is None else number
+            values[node] = value_of(node.op, *operands) if number is None else number
         return float(values[node])
 
     return [value(root) for root in roots]

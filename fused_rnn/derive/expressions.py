@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 
-from fused_rnn.derive.operations import OPERATIONS
+from fused_rnn.derive.operations import OPERATIONS, value_of
 
 
 class Expression:
@@ -58,9 +58,10 @@ class Expressions:
     def make(self, op: str, *args: Expression) -> Expression:
         """``op`` of the operands, or what is equal to it and simpler."""
         values = [a.value for a in args]
-        if args and None not in values and op != "where":
-            folded = OPERATIONS[op].evaluate(*values)
-            if not isinstance(folded, bool) and math.isfinite(folded):
+        numbers = [v for v in values if v is not None]
+        if len(numbers) == len(args) and op != "where":
+            folded = value_of(op, *numbers)
+            if not isinstance(folded, bool):
                 return self.constant(folded)
         simpler = self._simpler(op, args, values)
         return self._once(op, args) if simpler is None else simpler
@@ -76,7 +77,7 @@ class Expressions:
         self, op: str, args: tuple[Expression, ...], values: list[float | None]
     ) -> Expression | None:
         """A part, or another expression, that equals ``op`` of ``args`` for all finite numbers."""
-        if op in ("add", "mul") and values[0] is not None:  # constants last
+        if op in ("add", "mul") and values[0] is not None and values[1] is None:  # constants last
             return self.make(op, args[1], args[0])
         if op == "add":
             return args[0] if values[1] == 0 else None
@@ -101,9 +102,18 @@ class Expressions:
             return None
         if op == "neg" and args[0].op == "neg":
             return args[0].operands[0]
-        if op == "where" and args[1] is args[2]:
-            return args[1]
+        if op == "where":
+            known = _truth(args[0])
+            if args[1] is args[2] or known is not None:
+                return args[2] if known is False else args[1]
         return None
+
+
+def _truth(condition: Expression) -> bool | None:
+    """That of a condition of constants, None of another one."""
+    operands = [_truth(o) if o.is_condition else o.value for o in condition.operands]
+    known = [o for o in operands if o is not None]
+    return bool(value_of(condition.op, *known)) if len(known) == len(operands) else None
 
 
 def reachable(roots: Iterable[Expression]) -> Iterator[Expression]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fused_rnn.derive.derivation import Derivation, derivation
 from fused_rnn.derive.expressions import Expression
 from fused_rnn.derive.linear import Form
-from fused_rnn.derive.source import Writer, load
+from fused_rnn.derive.source import Writer, load, number
 from fused_rnn.kernels.cell import CellFunctions, KernelCell
 from fused_rnn.spec.cells import Cell
 
@@ -204,7 +204,7 @@ def _sum(form: Form, at: dict[Expression, str]) -> str:
         elif value == 1:
             terms.append(base)
         elif value != 0:
-            terms.append(f"{base} * {value!r}")
+            terms.append(f"{base} * {number(value)}")
     return " + ".join(terms) or "none"
 
 

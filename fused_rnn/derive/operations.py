@@ -26,6 +26,14 @@ class Operation(NamedTuple):
     method: str | None = None
 
 
+def value_of(op: str, *operands: float) -> float:
+    """An operation of numbers; NaN where Python's raises, as of sin(inf)."""
+    try:
+        return OPERATIONS[op].evaluate(*operands)
+    except (ValueError, OverflowError, ZeroDivisionError):
+        return math.nan
+
+
 def _unary(name: str, triton: str, evaluate: Callable[[float], float]) -> Operation:
     return Operation(evaluate, triton, f"torch.{name}({{0}})", method=f"{name}_")
 

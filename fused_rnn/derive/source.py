@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import linecache
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -142,7 +143,7 @@ class Writer:
         return order
 
     def _known(self, node: Expression) -> str:
-        return self._names[node] if node.value is None else repr(node.value)
+        return self._names[node] if node.value is None else number(node.value)
 
     def _line(self, node: Expression, text: str) -> str:
         name = f"v{self._count}"
@@ -172,7 +173,7 @@ class Writer:
                     continue
                 sign = "" if node.op == "add" else "-"
                 if b.value is not None:
-                    return f"torch.add({{0}}, {{1}}, alpha={sign}{b.value!r})", (other, a)
+                    return f"torch.add({{0}}, {{1}}, alpha={sign}{number(b.value)})", (other, a)
                 value = "" if node.op == "add" else ", value=-1"
                 return f"torch.addcmul({{0}}, {{1}}, {{2}}{value})", (other, a, b)
         return None
@@ -201,6 +202,11 @@ class Writer:
             if numbers[0] is None:
                 return f"torch.{node.op}({texts[0]}, {texts[1]})"
         return OPERATIONS[node.op].torch.format(*texts)
+
+
+def number(value: float) -> str:
+    """Its text, in PyTorch and in Triton."""
+    return repr(value) if math.isfinite(value) else f'float("{value}")'
 
 
 def into(text: str, out: str) -> str:

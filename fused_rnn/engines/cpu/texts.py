@@ -8,7 +8,7 @@ from itertools import groupby
 from fused_rnn.derive.derivation import ACTIVATIONS, Bound, Derivation
 from fused_rnn.derive.expressions import Expression
 from fused_rnn.derive.linear import Form
-from fused_rnn.derive.source import Writer, in_order, into
+from fused_rnn.derive.source import Writer, in_order, into, number
 
 
 class Parts:
@@ -123,7 +123,7 @@ def _write_all(
         for out in outs:
             known = writer.name(expression)
             if expression.value is not None:
-                writer.lines.append(f"{out}.fill_({expression.value!r})")
+                writer.lines.append(f"{out}.fill_({number(expression.value)})")
             elif known is None:
                 writer.write(expression, out, out in fresh)
             elif known != out:
@@ -278,13 +278,7 @@ def hidden_text(parts: Parts) -> str:
     writer = parts.writer(parts.d.bound_saved() | parts.d.bound_states())
     writer.lines = _reads(parts)
     writer.plan([parts.d.new[0]])
-    try:
-        h = writer.write(parts.d.new[0])
-    except KeyError:  # of a slot that is saved as something else
-        return _function(
-            "hidden", ["saved", "states", "now", "own", "one"], ["raise NotImplementedError"]
-        )
-    writer.lines.append(f"return {h}")
+    writer.lines.append(f"return {writer.write(parts.d.new[0])}")
     return _function("hidden", ["saved", "states", "now", "own", "one"], writer.lines)
 
 
@@ -298,7 +292,7 @@ def _assign(name: str, form: Form, at: dict[Expression, str], inside: bool = Fal
         elif factor.value is None:
             text = f"torch.addcmul({text}, {base}, {at[factor]})"
         else:
-            text = f"torch.add({text}, {base}, alpha={factor.value!r})"
+            text = f"torch.add({text}, {base}, alpha={number(factor.value)})"
     if not inside:
         return f"{name} = {text}"
     if not form:
@@ -310,8 +304,8 @@ def _add(target: str, base: str, factor: Expression, at: dict[Expression, str]) 
     """The line that adds a term to ``target``."""
     if factor.value is None:
         return f"{target}.addcmul_({base}, {at[factor]})"
-    return f"{target}.add_({base}, alpha={factor.value!r})"
+    return f"{target}.add_({base}, alpha={number(factor.value)})"
 
 
 def _number(factor: Expression, at: dict[Expression, str]) -> str:
-    return at[factor] if factor.value is None else repr(factor.value)
+    return at[factor] if factor.value is None else number(factor.value)

@@ -52,7 +52,42 @@ def linear(make: Expressions, gradients: list[Expression], states: int) -> Adjoi
     results = [forms.get(g, {}) for g in gradients]
     if any(g not in depends and g.value != 0 for g in gradients):
         raise ValueError("a gradient does not depend on those of the new states")
-    return Adjoint(sums, results)
+    return _shared(make, Adjoint(sums, results))
+
+
+def _shared(make: Expressions, adjoint: Adjoint) -> Adjoint:
+    """The same, a factor made of another one where that is a part of its product.
+
+    As a GRU's: with dq = dn r, that of the reset gate, dn q r (1 - r), is dq q (1 - r).
+    """
+    forms = [form for _, form in adjoint.sums] + adjoint.results
+    products = {f: _product(f) for form in forms for f in form.values()}
+    order = sorted(products, key=lambda f: products[f].total())
+    made: dict[Expression, Expression] = {}
+    for factor in order:
+        terms, best = products[factor], None
+        for other in made:
+            part = products[other]
+            if 1 < part.total() < terms.total() and part <= terms:
+                best = other
+        made[factor] = factor
+        if best is not None:
+            product = made[best]
+            for term in (terms - products[best]).elements():
+                product = make.make("mul", product, term)
+            made[factor] = product
+    share = lambda form: {base: made[f] for base, f in form.items()}  # noqa: E731
+    return Adjoint(
+        [(p, share(form)) for p, form in adjoint.sums], list(map(share, adjoint.results))
+    )
+
+
+def _product(factor: Expression) -> Counter[Expression]:
+    """What is multiplied to be ``factor``."""
+    if factor.op != "mul":
+        return Counter([factor])
+    a, b = factor.operands
+    return _product(a) + _product(b)
 
 
 def _form(make: Expressions, node: Expression, forms: dict[Expression, Form]) -> Form:

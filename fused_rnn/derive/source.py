@@ -156,10 +156,14 @@ class Writer:
     def _fused(self, node: Expression) -> tuple[str, tuple[Expression, ...]] | None:
         """One call of PyTorch for a sum with a product, and its operands."""
         if node.op == "mul":
-            for y, rest in (node.operands, node.operands[::-1]):
+            for x, rest in (node.operands, node.operands[::-1]):
                 one_less = rest.op == "sub" and rest.operands[0].value == 1
-                if one_less and rest.operands[1] is y and self._once(rest):  # y (1 - y)
-                    return "torch.addcmul({0}, {0}, {0}, value=-1)", (y,)
+                if one_less and self._once(rest) and not (self.is_narrow(x) or x.value):
+                    y = rest.operands[1]  # x (1 - y) = x - x y
+                    if y is x:
+                        return "torch.addcmul({0}, {0}, {0}, value=-1)", (x,)
+                    if y.value is None and y.op != "mul":  # else 1 - y takes one call itself
+                        return "torch.addcmul({0}, {0}, {1}, value=-1)", (x, y)
         if node.op not in ("add", "sub"):
             return None
         for first, second in ((0, 1), (1, 0)) if node.op == "add" else ((0, 1),):

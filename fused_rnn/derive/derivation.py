@@ -137,7 +137,7 @@ def _values(roots: list[Expression], known: dict[Expression, float]) -> list[flo
 
 def _factors(adjoint: Adjoint) -> list[Expression]:
     """Those that are no constants, each once."""
-    forms: list[Form] = [form for _, form in adjoint.sums] + adjoint.results
+    forms: list[Form] = adjoint.results + [form for _, form in adjoint.sums]
     return list(dict.fromkeys(f for form in forms for f in form.values() if f.value is None))
 
 

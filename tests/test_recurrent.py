@@ -70,6 +70,34 @@ def test_a_cell_that_is_defined_again() -> None:
     assert not torch.allclose(layers[0](x)[0], layers[1](x)[0])
 
 
+def test_a_cell_without_a_derivation_that_is_defined_again() -> None:
+    made = [
+        cell(gates="a", states="h", pointwise=False)(lambda gates, state, by=by: gates.a * by)
+        for by in (1.0, 2.0)
+    ]
+    assert made[0].key != made[1].key
+    x = torch.randn(3, 2, 3)
+    layers = [FusedRecurrent(m, 3, 4) for m in made]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer in layers:
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x)[0], layer(x)[0], rtol=0, atol=0)
+
+
+def test_an_object_that_can_be_called_is_a_step() -> None:
+    class Leak:
+        def __init__(self, alpha: float) -> None:
+            self.alpha = alpha
+
+        def __call__(self, gates: Any, state: Any) -> Tensor:
+            return torch.lerp(state.h, torch.tanh(gates.a), self.alpha)
+
+    slow, fast = (cell(gates="a", states="h")(Leak(alpha)) for alpha in (0.1, 0.9))
+    assert slow.name == "Leak"
+    assert slow.key != fast.key
+    assert_equal(slow)
+
+
 # ---- the layer ----------------------------------------------------------------------------------
 
 

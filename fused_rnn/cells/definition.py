@@ -90,7 +90,8 @@ def define(
     names = _names("gates", gates), _names("states", states), _names("parameters", parameters)
     split = _names("apart", apart)
     _check(name, *names, split, initial or {})
-    place = f"{step.__module__}:{step.__qualname__}"
+    kind = step if hasattr(step, "__qualname__") else type(step)  # an object that can be called
+    place = f"{kind.__module__}:{kind.__qualname__}"
     parts: dict[str, Any] = {
         "name": name,
         "gates": names[0],
@@ -103,9 +104,11 @@ def define(
         "pointwise": pointwise,
     }
     if torch is None:
-        key = f"{name}@{_mark(Cell(**parts))}"
+        key = f"{name}@{_mark(Cell(**parts), place)}"
+        while key in CELLS and not pointwise and CELLS[key].step is not step:
+            key += "'"  # defined again: nobody can tell whether it is the same
     else:
-        key, place = name, f"{step.__module__}:{name.upper()}"
+        key, place = name, f"{kind.__module__}:{name.upper()}"
     made = Cell(**parts, torch=torch, key=key, place=place, kernels_of=kernel_cell)
     CELLS[made.key] = made
     return made
@@ -116,13 +119,9 @@ def _begin(name: str, parameters: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _mark(cell: Cell) -> str:
-    """What tells a cell from others of its name: a hash of all that it computes."""
-    if cell.pointwise:
-        computed = repr(derivation(cell).new)
-    else:
-        code = getattr(cell.step, "__code__", None)
-        computed = repr(code and (code.co_code, code.co_consts, code.co_names))
+def _mark(cell: Cell, place: str) -> str:
+    """What tells a cell from others of its name: a hash of what it computes, or of its place."""
+    computed = repr(derivation(cell).new) if cell.pointwise else place
     told = (cell.gates, cell.states, cell.parameters, cell.apart, cell.initial, computed)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 

@@ -35,7 +35,9 @@ import fused_rnn.kernels.group as group  # noqa: E402
 import fused_rnn.kernels.pack as pack  # noqa: E402
 import fused_rnn.kernels.sweeps as sweeps  # noqa: E402
 import fused_rnn.kernels.variants as variants  # noqa: E402
+from fused_rnn import cells as zoo  # noqa: E402
 from fused_rnn.engines import reference  # noqa: E402
+from fused_rnn.engines.triton import products  # noqa: E402
 from fused_rnn.engines.triton.engine import TritonEngine  # noqa: E402
 from fused_rnn.kernels.chips import LIMITS  # noqa: E402
 from fused_rnn.kernels.group import LINE  # noqa: E402
@@ -176,20 +178,22 @@ def check_group(group, arch):
     print(f"{what}: numbers right, no race, weights read as planned", flush=True)
 
 
-def check_options(name, arch, group):
+def check_options(name, arch, group, heads=1):
     """A layer with all options at once, lengths, resets and masks, both directions."""
     emulate(arch, seed=1)
-    H, B, T, I, D, cell = 24, 9, 4, 8, 2, CELLS[name]
+    H, B, T, I, D = 24, 9, 4, 8, 2
+    cell = CELLS[name] if name in CELLS else getattr(zoo, name)
     torch.manual_seed(3)
 
     def random(*shape):
         return (torch.randn(shape) * 0.5).to(BF16).double().requires_grad_()
 
-    G = cell.blocks
+    G, P, k = cell.blocks, len(cell.parameters), heads
+    recurrent = (G * H, H) if heads == 1 else (k, G * H // k, H // k)
     weights = []
     for _ in range(D):
-        w = random(G * H, I), random(G * H, H), random(G * H), random(G * H), None
-        weights.append(Weights(*w))
+        w = random(G * H, I), random(*recurrent), random(G * H), random(G * H), None
+        weights.append(Weights(*w, random(P, H) if P else None))
     states = [random(D, B, H), random(D, B, H) if cell.has_c else None]
     zones = [torch.rand(T * B, D * H) < 0.3 for _ in range(2)]
     tensors = OptionTensors(
@@ -203,7 +207,7 @@ def check_options(name, arch, group):
     )
     x = random(T * B, I)
     options = Options(zoned=True, clip=0.3, cells=cell.has_c)
-    spec = LayerSpec(cell, BatchLayout(T, B), D, H, options=options)
+    spec = LayerSpec(cell, BatchLayout(T, B), D, H, options=options, heads=heads)
     inputs = LayerInputs(x, *states, tuple(weights), tensors)
     outputs = reference.run(spec, inputs)
     present = [o for o in outputs if o is not None]
@@ -213,9 +217,10 @@ def check_options(name, arch, group):
     wanted = [t for t, need in zip(flat, needs, strict=True) if need]
     expected = torch.autograd.grad(present, wanted, grads)
 
-    p = Problem(name, BF16, H, B, 1, (False, True))
-    one = make_plan(plan_request(name, H, BF16, B, D), LIMITS[arch])
-    plan = group_plan(p, warps=4) if group else one
+    if group:
+        plan = group_plan(Problem(name, BF16, H, B, 1, (False, True)), warps=4)
+    else:
+        plan = make_plan(products.plan_request(spec, BF16, "ieee"), LIMITS[arch])
     engine = TritonEngine(plan, "ieee")
     cast = inputs.map(lambda t: t.detach().to(BF16) if t.is_floating_point() else t)
     with torch.no_grad():
@@ -227,7 +232,8 @@ def check_options(name, arch, group):
         assert_close(got, want.detach(), "output", of_largest=TOLERANCE[BF16])
     for got, want in zip([g for g, n in zip(back, needs, strict=True) if n], expected, strict=True):
         assert_close(got, want, "gradient", of_largest=TOLERANCE[BF16])
-    print(f"sm_{arch} {name} options, {plan.regime}: numbers right, no race", flush=True)
+    what = f"{name}, {heads} heads," if heads > 1 else name
+    print(f"sm_{arch} {what} options, {plan.regime}: numbers right, no race", flush=True)
 
 
 @triton.jit
@@ -291,4 +297,5 @@ if __name__ == "__main__":
         for name in ("rnn_tanh", "gru", "lstm"):
             for several in (False, True):
                 check_options(name, arch, several)
+        check_options("peephole_lstm", arch, group=False, heads=2)
         check_wrong(arch)

@@ -152,8 +152,8 @@ def test_the_lstm_as_by_hand() -> None:
     """Six factors, dc added up once, gates saved activated, c read and not recomputed."""
     text = source(LSTM)
     assert derivation(LSTM).needs_h is False
-    assert "p0 = d1 + d0 * k[0]\n    return (p0 * k[1], p0 * k[2], p0 * k[3], d0 * k[4]), " in text
-    assert "v0 = tanh(new_c, FAST)" in text.partition("def lstm_factors")[2]
+    assert "p0 = d1 + d0 * k[5]\n    return (p0 * k[0], p0 * k[1], p0 * k[2], d0 * k[3]), " in text
+    assert " = tanh(new_c, FAST)" in text.partition("def lstm_factors")[2]
     assert len(derivation(LSTM).factors) == 6
 
 

@@ -86,7 +86,7 @@ def test_index_page_has_no_links_of_the_repository(unpacked: Path) -> None:
     assert "who runs what (docs/speed.md)" in page  # which does not name the file itself
     text = (ROOT / "README.md").read_text()
     examples = re.findall(r"```python\n.*?```", text, flags=re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     assert all(example in page for example in examples)
 
 
@@ -328,6 +328,7 @@ def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(names["model"][1], fused_rnn.FusedGRU)
     assert isinstance(names["output"], torch.Tensor)
     assert names["output"].shape == (50, 8, 512)
+    assert isinstance(names["layer"], fused_rnn.FusedRecurrent)
     assert "layer 1: native: torch.nn's own kernels" in capsys.readouterr().out
 
 

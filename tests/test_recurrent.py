@@ -11,7 +11,7 @@ from derived_helpers import assert_equal, peephole
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import FusedRecurrent, cell, explain
+from fused_rnn import FusedRecurrent, cell, explain, surrogate
 from fused_rnn.cells.builtin import CELLS, LSTM
 from fused_rnn.spec.cells import cell_of, restored
 
@@ -82,6 +82,25 @@ def test_a_cell_without_a_derivation_that_is_defined_again() -> None:
     for layer in layers:
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x)[0], layer(x)[0], rtol=0, atol=0)
+
+
+def test_cells_that_differ_in_their_derivatives_alone() -> None:
+    def spikes(slope: float) -> Any:
+        def spike(gates: Any, state: Any) -> Tensor:
+            return surrogate((gates.a > 0).to(gates.a.dtype), torch.sigmoid(slope * gates.a))
+
+        return cell(gates="a", states="h")(spike)
+
+    assert spikes(1.0).key != spikes(4.0).key
+    assert spikes(4.0).key == spikes(4.0).key
+
+
+def test_a_tensor_from_outside_that_would_learn_nothing() -> None:
+    gain = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(
+        ValueError, match="from outside the step has a gradient: make it a parameter"
+    ):
+        cell(gates="a", states="h")(lambda gates, state: gain * gates.a)
 
 
 def test_an_object_that_can_be_called_is_a_step() -> None:

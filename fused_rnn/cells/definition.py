@@ -121,7 +121,7 @@ def _begin(name: str, parameters: Any) -> float | None:
 
 def _mark(cell: Cell, place: str) -> str:
     """What tells a cell from others of its name: a hash of what it computes, or of its place."""
-    computed = repr(derivation(cell).new) if cell.pointwise else place
+    computed = derivation(cell).text() if cell.pointwise else place
     told = (cell.gates, cell.states, cell.parameters, cell.apart, cell.initial, computed)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 

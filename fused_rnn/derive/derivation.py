@@ -89,6 +89,22 @@ class Derivation:
         back = _values(self.factors, dict.fromkeys(self.bound_saved() | self.bound_states(), 0.0))
         return step == [0.0] * len(step) and all(map(math.isfinite, back))
 
+    def text(self) -> str:
+        """All that is computed, way back included: the same text for the same computation."""
+        numbers: dict[Expression, int] = {}
+        lines = []
+        for node in reachable([*self.new, *self.factors]):
+            numbers[node] = len(numbers)
+            given = node.args if not node.operands else [numbers[o] for o in node.operands]
+            lines.append(f"{node.op} {given}")
+        forms = [form for _, form in self.adjoint.sums] + self.adjoint.results
+        for form in forms:
+            terms = [
+                (base, f.value if f.value is not None else numbers[f]) for base, f in form.items()
+            ]
+            lines.append(f"{terms}")
+        return "\n".join([*lines, f"{[numbers[n] for n in self.new]}"])
+
 
 @cache
 def derivation(cell: Cell) -> Derivation:

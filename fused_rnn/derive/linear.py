@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fused_rnn.derive.expressions import Expression, Expressions, reachable
 
+MOST_MULTIPLIED = 64  # of a product that is looked into
 Form = dict[str, Expression]  # the sum over (name of a gradient: its factor)
 
 
@@ -61,7 +62,8 @@ def _shared(make: Expressions, adjoint: Adjoint) -> Adjoint:
     As a GRU's: with dq = dn r, that of the reset gate, dn q r (1 - r), is dq q (1 - r).
     """
     forms = [form for _, form in adjoint.sums] + adjoint.results
-    products = {f: _product(f) for form in forms for f in form.values()}
+    known: dict[Expression, Counter[Expression]] = {}
+    products = {f: _product(f, known) for form in forms for f in form.values()}
     order = sorted(products, key=lambda f: products[f].total())
     made: dict[Expression, Expression] = {}
     for factor in order:
@@ -82,12 +84,17 @@ def _shared(make: Expressions, adjoint: Adjoint) -> Adjoint:
     )
 
 
-def _product(factor: Expression) -> Counter[Expression]:
-    """What is multiplied to be ``factor``."""
-    if factor.op != "mul":
-        return Counter([factor])
-    a, b = factor.operands
-    return _product(a) + _product(b)
+def _product(
+    factor: Expression, known: dict[Expression, Counter[Expression]]
+) -> Counter[Expression]:
+    """What is multiplied to be ``factor``; those of its parts become ``known``."""
+    if factor not in known:
+        known[factor] = Counter([factor])
+        if factor.op == "mul":
+            a, b = (_product(operand, known) for operand in factor.operands)
+            if (a + b).total() <= MOST_MULTIPLIED:
+                known[factor] = a + b
+    return known[factor]
 
 
 def _form(make: Expressions, node: Expression, forms: dict[Expression, Form]) -> Form:

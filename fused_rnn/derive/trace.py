@@ -114,6 +114,8 @@ class _Recorder(TorchDispatchMode):
         known = self._known.get(id(value))
         if known is not None:
             return known[1]
+        if value.requires_grad:
+            raise self._error("a tensor from outside the step has a gradient: make it a parameter")
         if value.numel() == 1:  # a constant of the user's
             with torch.utils._python_dispatch._disable_current_modes():
                 return self.expressions.constant(float(value))

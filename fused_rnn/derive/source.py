@@ -245,8 +245,3 @@ def load(name: str, text: str, space: dict[str, Any]) -> dict[str, Any]:
     defined = {"__name__": f"fused_rnn.derived.{name}", **space}
     exec(compile(text, file, "exec"), defined)
     return defined
-
-
-def in_order(expressions: Iterable[Expression]) -> list[Expression]:
-    """Operands before what is made of them."""
-    return list(reachable(expressions))

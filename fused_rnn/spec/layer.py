@@ -242,7 +242,7 @@ Specs = tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]  # shapes and typ
 
 
 class Engine(Protocol):
-    """An implementation of one layer with a hand-written backward."""
+    """An implementation of one layer with a backward of its own."""
 
     def forward(self, spec: LayerSpec, inputs: LayerInputs, save: bool) -> tuple[Outputs, Saved]:
         """Run the layer; with ``save`` also return what backward needs beside inputs and ``out``.

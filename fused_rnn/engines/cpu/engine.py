@@ -1,4 +1,4 @@
-"""The CPU engine: hand-written BPTT with as few PyTorch calls per time step as possible.
+"""The CPU engine: both sweeps with as few PyTorch calls per time step as possible.
 
 At the sizes that run on a CPU, a step is one small matrix product and a handful of calls, and the
 calls are what torch.nn's own loop, with autograd's records of each, loses its time to in training.

@@ -6,9 +6,9 @@ from collections.abc import Container, Iterator
 from itertools import groupby
 
 from fused_rnn.derive.derivation import ACTIVATIONS, Bound, Derivation
-from fused_rnn.derive.expressions import Expression
+from fused_rnn.derive.expressions import Expression, reachable
 from fused_rnn.derive.linear import Form
-from fused_rnn.derive.source import Writer, in_order, into, number
+from fused_rnn.derive.source import Writer, into, number
 
 
 class Parts:
@@ -118,7 +118,7 @@ def _write_all(
     by_expression: dict[Expression, list[str]] = {}
     for expression, out in targets:
         by_expression.setdefault(expression, []).append(out)
-    for expression in in_order(by_expression):
+    for expression in reachable(by_expression):
         outs = by_expression.get(expression, [])
         for out in outs:
             known = writer.name(expression)

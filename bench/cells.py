@@ -2,6 +2,7 @@
 
     python -m bench.cells                                   about six minutes
     python -m bench.cells --cells slstm --threads 1 --shapes 128,16,128,128 --out runs/bench
+    python -m bench.cells --dtypes bf16 --threads 1             on a GPU
     python -m bench.cells --read runs/bench/cpu-cells.jsonl      the table of kept lines
 
 On a CPU or, where there is one, a GPU. The loop is no strawman: it multiplies the input by its
@@ -12,6 +13,7 @@ figures are medians of such times. A ratio above 1: fused_rnn is faster.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch import Tensor
 
 import fused_rnn
 from bench import records, timing
+from bench.cases import DTYPES
 from bench.records import Line
 from bench.report import markdown
 from fused_rnn.cells import leaky_rnn, peephole_lstm, slstm
@@ -32,7 +35,8 @@ from fused_rnn.spec.cells import Cell
 MODES = ("train", "forward")
 LOOP, US = "loop", "fused_rnn"
 BEST_OF = 3  # calls, of which the fastest one counts as a sample
-TOLERANCE = 1e-4  # of fp32, relative to the norm
+# Relative to the norm. A loop of 16-bit tensors rounds each of its operations, our kernels only h.
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 0.1}
 
 
 @fused_rnn.cell(gates="ifgo", states="hc")
@@ -91,17 +95,20 @@ def loop(layer: fused_rnn.FusedRecurrent, x: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-def contenders(name: str, size: Shape, mode: str, where: torch.device) -> dict[str, timing.Run]:
+def contenders(
+    name: str, size: Shape, dtype: str, mode: str, where: torch.device
+) -> dict[str, timing.Run]:
     """What is timed.
 
     Raises:
         RuntimeError: their results differ by more than roundings.
     """
     torch.manual_seed(0)
-    layer = fused_rnn.FusedRecurrent(CELLS[name], size.I, size.H, device=where)
-    x = torch.randn(size.T, size.B, size.I, device=where, requires_grad=True)
+    how: Any = {"device": where, "dtype": DTYPES[dtype]}
+    layer = fused_rnn.FusedRecurrent(CELLS[name], size.I, size.H, **how)
+    x = torch.randn(size.T, size.B, size.I, **how, requires_grad=True)
     wanted = [x, *layer.parameters()]
-    grad = torch.randn(size.T, size.B, size.H, device=where)
+    grad = torch.randn(size.T, size.B, size.H, **how)
     calls: dict[str, Callable[[], Tensor]] = {LOOP: lambda: loop(layer, x), US: lambda: layer(x)[0]}
 
     def training(call: Callable[[], Tensor]) -> timing.Run:
@@ -117,8 +124,9 @@ def contenders(name: str, size: Shape, mode: str, where: torch.device) -> dict[s
     runs = {who: (training if mode == "train" else inference)(call) for who, call in calls.items()}
     theirs, ours = (run() for run in runs.values())
     for a, b in zip(theirs, ours, strict=True):  # type: ignore[call-overload]
-        if not (a - b).norm() <= TOLERANCE * b.norm():  # nor if it is not a number
-            raise RuntimeError(f"{name} {size}: results differ by {(a - b).norm() / b.norm():.1e}")
+        if not (a - b).norm() <= TOLERANCES[dtype] * b.norm():  # nor if it is not a number
+            difference = (a - b).norm() / b.norm()
+            raise RuntimeError(f"{name} {dtype} {size}: results differ by {difference:.1e}")
     return runs
 
 
@@ -129,16 +137,21 @@ def fastest(run: timing.Run) -> list[float]:
 
 
 def lines_of(
-    name: str, size: Shape, mode: str, machine: records.Machine, args: argparse.Namespace
+    name: str,
+    size: Shape,
+    dtype: str,
+    mode: str,
+    machine: records.Machine,
+    args: argparse.Namespace,
 ) -> Iterator[Line]:
     """Two lines: the loop's, and ours."""
-    runs = contenders(name, size, mode, args.device)
+    runs = contenders(name, size, dtype, mode, args.device)
     for who, times in timing.interleaved(runs, args.seconds, fastest).items():
         yield Line(
             machine=machine,
             shapes="cells",
             cell=name,
-            dtype="fp32",
+            dtype=dtype,
             **size._asdict(),
             heads=1,
             bidirectional=False,
@@ -158,17 +171,17 @@ def lines_of(
 
 def table(lines: Sequence[Line]) -> str:
     """A row for each cell and shape, with the ratios of all modes and numbers of threads."""
-    by_row: dict[tuple[str, str], dict[tuple[int, str], dict[str, Line]]] = {}
+    by_row: dict[tuple[str, str, str], dict[tuple[int, str], dict[str, Line]]] = {}
     for line in lines:
-        row = by_row.setdefault((line.cell, line.where), {})
+        row = by_row.setdefault((line.cell, line.dtype, line.where), {})
         row.setdefault((line.machine.threads, line.mode), {})[line.provider] = line
     columns = sorted({key for row in by_row.values() for key in row}, key=lambda k: (k[0], k[1]))
-    head = ["cell", "T, B, I, H"]
+    head = ["cell", "type", "T, B, I, H"]
     for threads, mode in columns:
         head += [f"{mode}, {threads} thread{'s' * (threads > 1)}: loop ms", "fused ms", "ratio"]
     rows = []
-    for (cell, where), row in by_row.items():
-        entries = [cell, where]
+    for (cell, dtype, where), row in by_row.items():
+        entries = [cell, dtype, where]
         for key in columns:
             pair = row.get(key)
             if pair is None:
@@ -183,6 +196,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m bench.cells", description=__doc__)
     made.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
+    made.add_argument("--dtypes", nargs="+", choices=TOLERANCES, default=["fp32"])
     made.add_argument("--shapes", nargs="+", type=shape, metavar="T,B,I,H", default=list(SHAPES))
     made.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     made.add_argument("--threads", nargs="+", type=integer(1), default=[1, 2])
@@ -198,15 +212,14 @@ def measured(args: argparse.Namespace) -> list[Line]:
     from tqdm import tqdm
 
     lines, machines = list[Line](), dict[int, records.Machine]()
-    before = torch.get_num_threads()
-    work = [(n, c, s, m) for n in args.threads for c in args.cells for s in args.shapes
-            for m in args.modes]  # fmt: skip
+    before, quiet = torch.get_num_threads(), not sys.stderr.isatty()
+    work = itertools.product(args.threads, args.cells, args.dtypes, args.shapes, args.modes)
     try:
-        for threads, name, size, mode in tqdm(work, unit="row", disable=not sys.stderr.isatty()):
+        for threads, name, dtype, size, mode in tqdm(list(work), unit="row", disable=quiet):
             torch.set_num_threads(threads)
             if threads not in machines:
                 machines[threads] = records.machine(args.device)
-            lines += lines_of(name, size, mode, machines[threads], args)
+            lines += lines_of(name, size, dtype, mode, machines[threads], args)
             if args.out:
                 list(records.save(lines, args.out))
     finally:

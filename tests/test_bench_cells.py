@@ -19,7 +19,19 @@ def _threads() -> Iterator[None]:
 
 
 def test_lines_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--shapes", "4,2,3,5", "--dtypes", "fp32", "bf16", "--seconds", "0", "--threads", "1", "--device", "cpu"]
+    flags = [
+        "--shapes",
+        "4,2,3,5",
+        "--dtypes",
+        "fp32",
+        "bf16",
+        "--seconds",
+        "0",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert cells.main([*flags, "--out", str(tmp_path)]) == 0
     first = capsys.readouterr().out
     lines = records.read([tmp_path / "cpu-cells.jsonl"])

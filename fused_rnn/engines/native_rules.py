@@ -88,7 +88,15 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 SLOW_STEP = 40.0  # us of both sweeps, from which cuDNN's launches of every step take less
 FUSED = 128  # hidden units up to which cuDNN runs an LSTM without launches in every step
-HOST_TRAIN, HOST_FORWARD = 512, 128  # steps of such an LSTM, below which the host is what counts
+HOST_TRAIN, HOST_FORWARD = 640, 320  # steps of such an LSTM, below which the host is what counts
+
+
+def may_suit_gpu(cell: Cell, dtype: torch.dtype) -> bool:
+    """Whether cuDNN may take less time than the host spends on a call of ours.
+
+    It may where it has no launches in every step; and where we have no kernels, it runs anyway.
+    """
+    return dtype == torch.float64 or (cell.has_c and dtype != torch.bfloat16)
 
 
 def suits_gpu(request: PlanRequest, plan: Plan, layout: BatchLayout, train: bool) -> str | None:

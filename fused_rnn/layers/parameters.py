@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from fused_rnn.cells.builtin import CELLS
 from fused_rnn.engines.dispatch import Backend, check_backend
 from fused_rnn.layers.checks import check_arguments, check_heads, check_input, check_options
+from fused_rnn.ops import cudnn
+from fused_rnn.spec.batch import BatchLayout
 from fused_rnn.spec.cells import Cell
 from fused_rnn.spec.layer import Weights
+from fused_rnn.spec.names import entries_of, present
 
 States = tuple[Tensor, ...]  # (h,) or (h, c), each [L*D, B, .]
-Entry = tuple[str, tuple[int, ...]]  # the name of a parameter, and its size
-# Those of :class:`fused_rnn.spec.layer.Weights` of one direction, the cell's own ones last.
-Entries = list[Any]
 
 # What torch.nn's layers do not have, with its defaults.
 OPTIONS: dict[str, object] = {
@@ -76,6 +76,7 @@ class RecurrentModule(nn.Module):
     learn_h0: bool
     clip_recurrent_grad: float | None
     heads: int
+    _flat_memory: tuple[Tensor, list[int]] | None = None
 
     def __init__(
         self,
@@ -133,6 +134,7 @@ class RecurrentModule(nn.Module):
                 parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                 self.register_parameter(name, parameter)
         self.reset_parameters()
+        self.flatten_parameters()
 
     @property
     def _cell(self) -> Cell:
@@ -196,7 +198,7 @@ class RecurrentModule(nn.Module):
     def _all_weights(self) -> list[list[str]]:
         """The names of the parameters of each layer and direction."""
         return [
-            [name for name, _ in _present(direction)]
+            [name for name, _ in present(direction)]
             for layer in self._entries
             for direction in layer
         ]
@@ -252,7 +254,32 @@ class RecurrentModule(nn.Module):
                 nn.init.constant_(parameter, constant)
 
     def flatten_parameters(self) -> None:
-        """Do nothing; for code written for torch.nn. These layers need no flat weight buffer."""
+        """Move the parameters into one piece of memory, for cuDNN, which copies them otherwise.
+
+        As torch.nn's: done by itself when the layer is made, moved or loaded from a pickle, and of
+        no effect but on a GPU with cuDNN, in fp16, fp32 or fp64. What each is, stays.
+        """
+        self._flat_memory = None
+        own = [self._parameters.get(name) for name in self._sizes.names]
+        weights = [p for p in own if p is not None]
+        plain = len(weights) == len(own)  # nor does a parametrization compute one
+        if plain and self.heads == 1 and self._cell.torch is not None:
+            how = (self.hidden_size, self.proj_size, self.num_layers, self.bidirectional)
+            stack = cudnn.Stack(self._cell, *how, self.batch_first, BatchLayout(1, 1), False)
+            self._flat_memory = cudnn.flatten(stack, self.input_size, weights)
+
+    def flat_memory(self, weights: list[Tensor]) -> Tensor | None:
+        """The piece of memory that holds ``weights``, if they are where it has them."""
+        if self._flat_memory is None:
+            return None
+        memory, places = self._flat_memory
+        return memory if [p.data_ptr() for p in weights] == places else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the parameters, as every module does."""
+        result = super()._apply(fn, recurse)
+        self.flatten_parameters()
+        return result
 
     def __prepare_scriptable__(self) -> None:
         """Refuse torch.jit.script, which calls this: it cannot compile our Python code."""
@@ -266,11 +293,25 @@ class RecurrentModule(nn.Module):
         state = {name: value for name, value in state.items() if name not in _FORMER}
         super().__setstate__({"proj_size": 0, "backend": "auto"} | OPTIONS | state)
         self._name_parameters()
+        self.flatten_parameters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a copy holds: they have memory of their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_flat_memory"}
 
     def _name_parameters(self) -> None:
         """Names and sizes of the parameters, by layer and direction and in torch.nn's order."""
-        self._entries = _entries_of(self)
-        flat = [e for layer in self._entries for d in layer for e in _present(d)]
+        self._entries = entries_of(
+            self._cell,
+            self.input_size,
+            self.hidden_size,
+            self.proj_size,
+            self.num_layers,
+            self._directions,
+            self.bias,
+            self.heads,
+        )
+        flat = [e for layer in self._entries for d in layer for e in present(d)]
         names, sizes = [name for name, _ in flat], [torch.Size(size) for _, size in flat]
         self._sizes = Sizes(names, sizes, self.num_layers * self._directions, self._state_widths)
 
@@ -360,32 +401,3 @@ class RecurrentModule(nn.Module):
 
 # What older versions kept in a module.
 _FORMER = frozenset({"_layout", "_order"})
-
-
-def _entries_of(module: RecurrentModule) -> list[list[Entries]]:
-    """By layer and direction, the entries of :class:`fused_rnn.spec.layer.Weights`."""
-    cell, H, R, heads = module._cell, module.hidden_size, module.proj_size, module.heads
-    rows, carried, width = cell.blocks * H, R or H, module.input_size
-    recurrent = (rows, carried) if heads == 1 else (heads, rows // heads, H // heads)
-    by_layer = []
-    for layer in range(module.num_layers):
-        mine = []
-        for suffix in ("", "_reverse")[: module._directions]:
-            sizes = (rows, width), recurrent, (rows,), (rows,), (carried, H)
-            kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-            there = (True, True, module.bias, module.bias, R > 0)
-            entries: Entries = [
-                (f"{kind}_l{layer}{suffix}", size) if here else None
-                for kind, size, here in zip(kinds, sizes, there, strict=True)
-            ]
-            vectors = [(f"{name}_l{layer}{suffix}", (H,)) for name in cell.parameters]
-            mine.append([*entries, vectors])
-        by_layer.append(mine)
-        width = carried * module._directions
-    return by_layer
-
-
-def _present(entries: Entries) -> list[Entry]:
-    """Those that there are, in torch.nn's order."""
-    *weights, vectors = entries
-    return [*[e for e in weights if e is not None], *vectors]

@@ -1,0 +1,274 @@
+"""A whole stack by cuDNN: as on a GPU, with PyTorch's CPU functions in its place; and on one."""
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same, every_layer, packer, run, sequences, states, twins
+from torch import Tensor, nn
+
+import fused_rnn
+from fused_rnn.layers import whole_stack
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "both": {"bidirectional": True, "num_layers": 2},
+    "no bias": {"bias": False, "num_layers": 3},
+    "batch_first": {"batch_first": True},
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+PACKED = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+LAYER = [torch._VF.rnn_relu, torch._VF.rnn_tanh, torch._VF.lstm, torch._VF.gru]  # type: ignore[attr-defined]
+
+
+def by_pytorch(
+    x: Tensor, weights: Any, each: int, hx: Tensor, cx: Tensor | None, how: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    """What cuDNN computes, of its arguments."""
+    mode, _, _, layers, batch_first, dropout, train, two, sizes = how
+    state = hx if cx is None else (hx, cx)
+    rest = (list(weights), each >= 4, layers, dropout, train, two)
+    if sizes:
+        return LAYER[mode](x, torch.tensor(sizes), state, *rest)
+    return LAYER[mode](x, state, *rest, batch_first)
+
+
+class Pretended:
+    """Both of its functions. ``calls`` are the names of those that were called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def forward(
+        self, x: Tensor, weights: Any, each: int, flat: Any, hx: Tensor, cx: Any, *how: Any
+    ) -> tuple[Tensor, ...]:
+        assert flat is None  # on a CPU nothing is in one piece
+        assert all(t.is_contiguous() for t in (hx, *weights))
+        self.calls.append("forward")
+        out, h_n, *c_n = by_pytorch(x, weights, each, hx, cx, how[:-1])
+        return out, h_n, c_n[0] if c_n else h_n.new_empty(0), x.new_ones(1), x.new_ones(2)
+
+    def backward(
+        self,
+        x: Tensor,
+        weights: Any,
+        each: int,
+        flat: Tensor,
+        hx: Tensor,
+        cx: Any,
+        out: Tensor,
+        *rest: Any,
+    ) -> tuple[Any, ...]:
+        *grads, how = rest[0], rest[1], rest[2], rest[3:12]
+        _, reserve, mask = rest[12:]
+        assert how[6]  # training: cuDNN has no backward of inference
+        assert torch.equal(reserve, torch.ones_like(reserve))
+        reserve.zero_()  # as cuDNN may write into it
+        self.calls.append("backward")
+        with torch.enable_grad():
+            given = [x, hx, cx, *weights]
+            leaves = [None if t is None else t.detach().requires_grad_() for t in given]
+            outs = by_pytorch(leaves[0], leaves[3:], each, leaves[1], leaves[2], how)
+        pairs = [(o, g) for o, g in zip(outs, grads, strict=False) if g is not None]
+        wanted = [t for t in leaves if t is not None]
+        outputs, gradients = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+        dx, dh, dc, *dw = [None if t is None else next(found) for t in leaves]
+        singles = [d if m else None for d, m in zip((dx, dh, dc), mask, strict=False)]
+        return *singles, dw if mask[3] else []
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
+    """Tensors on the CPU go where those on a GPU go."""
+    made, original = Pretended(), whole_stack._suits_cudnn
+    assert not original(nn.LSTM(3, 5), torch.randn(4, 2, 3))  # type: ignore[arg-type]
+    monkeypatch.setattr(whole_stack, "_suits_cudnn", lambda module, x: True)
+    monkeypatch.setattr(torch, "_cudnn_rnn", made.forward)
+    monkeypatch.setattr(torch.ops.aten, "_cudnn_rnn_backward", made.backward)
+    return made
+
+
+def batch(packed: bool, shape: str) -> tuple[list[Tensor], Any, int]:
+    if packed:
+        return sequences([4, 2, 5], 3, torch.float64), packer(False), 3
+    B, T = 4, 5
+    sizes = (B, T, 3) if "batch_first" in SHAPES[shape] else (T, B, 3)
+    return [torch.randn(sizes, dtype=torch.float64)], lambda xs: xs[0], B
+
+
+def pair(kind: str, shape: str = "plain", **more: Any) -> tuple[Any, Any]:
+    return twins(kind, 3, 6, dtype=torch.float64, backend="native", **SHAPES[shape], **more)
+
+
+# ---- as on a GPU --------------------------------------------------------------------------------
+
+
+@every_layer
+@every_shape
+@PACKED
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+def test_results_and_gradients(
+    kind: str, shape: str, packed: bool, given: bool, pretended: Pretended
+) -> None:
+    plain, fused = pair(kind, shape)
+    xs, make, B = batch(packed, shape)
+    hx = states(plain, B) if given else None
+    for training in (True, False):
+        plain.train(training)
+        fused.train(training)
+        assert_same(run(fused, xs, hx, make), run(plain, xs, hx, make))
+    assert pretended.calls == ["forward", "backward"] * 2
+    with torch.no_grad():
+        found = run(fused, xs, hx, make, gradients=False)
+    assert_same(found, run(plain, xs, hx, make, gradients=False))
+    assert pretended.calls[4:] == ["forward"]
+
+
+@every_layer
+@every_shape
+@PACKED
+def test_second_derivatives(kind: str, shape: str, packed: bool, pretended: Pretended) -> None:
+    """Which cuDNN does not have: those of a penalty on the first ones."""
+    xs, make, _ = batch(packed, shape)
+    found = []
+    for layer in pair(kind, shape):
+        inputs = [x.detach().requires_grad_() for x in xs]
+        out = layer(make(inputs))[0]
+        out = out if isinstance(out, Tensor) else out.data
+        weights = list(layer.parameters())
+        first = torch.autograd.grad(out.sin().sum(), [*inputs, *weights], create_graph=True)
+        penalty = sum(g.square().sum() for g in first)
+        found.append(torch.autograd.grad(penalty, [*inputs, *weights]))  # type: ignore[arg-type]
+    for ours, theirs in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    # The first derivatives by the loop; then out itself by cuDNN, on whose value they depend.
+    assert pretended.calls == ["forward", "backward"]
+
+
+def test_what_needs_no_gradient(pretended: Pretended) -> None:
+    _, fused = pair("lstm")
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    fused.weight_hh_l0.requires_grad_(False)
+    fused(x)[0].sum().backward()
+    assert fused.weight_hh_l0.grad is None
+    assert fused.weight_ih_l0.grad is not None
+    fused.requires_grad_(False)
+    x.requires_grad_()
+    fused(x)[1][1].sum().backward()  # of c_n alone
+    assert x.grad is not None
+    assert fused.bias_ih_l0.grad is not None  # of the first call
+    assert pretended.calls == ["forward", "backward"] * 2
+
+
+def test_backward_twice(pretended: Pretended) -> None:
+    """What cuDNN has kept is written into by its backward."""
+    _, fused = pair("gru")
+    loss = fused(torch.randn(5, 4, 3, dtype=torch.float64))[0].sum()
+    first = torch.autograd.grad(loss, fused.weight_hh_l0, retain_graph=True)
+    second = torch.autograd.grad(loss, fused.weight_hh_l0)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_written_into_before_backward(pretended: Pretended) -> None:
+    """PyTorch's own error, not a wrong gradient."""
+    _, fused = pair("lstm")
+    loss = fused(torch.randn(5, 4, 3, dtype=torch.float64))[0].sum()
+    with torch.no_grad():
+        fused.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        loss.backward()
+
+
+def test_many_gradients_at_once(pretended: Pretended) -> None:
+    _, fused = pair("lstm")
+    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    out = fused(x)[0]
+    rows = torch.eye(out.numel(), dtype=torch.float64).view(-1, *out.shape)
+    (found,) = torch.autograd.grad(out, x, rows, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, x, row, retain_graph=True)[0] for row in rows]
+    torch.testing.assert_close(found, torch.stack(each))
+
+
+def test_unbatched_and_states_that_are_views(pretended: Pretended) -> None:
+    plain, fused = pair("lstm")
+    x = torch.randn(5, 3, dtype=torch.float64)
+    hx = tuple(torch.randn(6, 1, dtype=torch.float64).t() for _ in "hc")
+    torch.testing.assert_close(fused(x, hx), plain(x, hx))
+    assert pretended.calls == ["forward"]
+
+
+# ---- what goes another way ----------------------------------------------------------------------
+
+
+def test_who_does_not_ask_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: dropout between layers, one step, what our kernels may be faster for."""
+    monkeypatch.setattr(whole_stack.native, "cudnn", lambda: True)
+    monkeypatch.setattr(torch, "cudnn_is_acceptable", lambda x: True)
+
+    class OnAGpu:
+        is_cuda, shape, dtype = True, torch.Size((5, 4, 3)), torch.float16
+
+    def suits(layer: Any, **x: Any) -> bool:
+        return whole_stack._suits_cudnn(layer, type("X", (OnAGpu,), x)())  # type: ignore[arg-type]
+
+    lstm = fused_rnn.FusedLSTM(3, 6, 2, dropout=0.5)
+    assert not suits(lstm)
+    assert suits(lstm.eval())
+    assert suits(fused_rnn.FusedLSTM(3, 6))
+    assert not suits(fused_rnn.FusedLSTM(3, 6), dtype=torch.bfloat16)
+    assert not suits(fused_rnn.FusedGRU(3, 6))
+    assert suits(fused_rnn.FusedGRU(3, 6), dtype=torch.float64)
+    assert suits(fused_rnn.FusedGRU(3, 6, backend="native"))
+    assert not suits(fused_rnn.FusedLSTM(3, 6), shape=torch.Size((1, 1, 3)))
+    assert not suits(fused_rnn.FusedLSTM(3, 6), shape=torch.Size((10**5, 1, 3)))
+
+
+# ---- the weights in one piece, on a GPU ---------------------------------------------------------
+
+
+def in_one_piece(layer: Any) -> bool:
+    return layer.flat_memory([*layer.parameters()]) is not None
+
+
+@pytest.mark.gpu
+@every_layer
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_as_torch_nn_on_a_gpu(kind: str, shape: str, dtype: torch.dtype) -> None:
+    """The same function, so the same numbers; and no warning that weights are not in one piece."""
+    if not torch.cuda.is_available() or not fused_rnn.engines.native.cudnn():
+        pytest.skip("no GPU with cuDNN")
+    plain, fused = twins(kind, 3, 6, dtype=dtype, backend="native", **SHAPES[shape])
+    plain.cuda()
+    fused.cuda()
+    made = (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)))
+
+    x = torch.randn(5, 4, 3, dtype=dtype)
+    hx = [h.cuda() for h in states(plain, 5 if "batch_first" in SHAPES[shape] else 4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = run(plain, [x.cuda()], hx, lambda xs: xs[0])
+        for layer in made:
+            assert in_one_piece(layer)
+            assert_same(run(layer, [x.cuda()], hx, lambda xs: xs[0]), expected, dtype)
+
+
+@pytest.mark.gpu
+def test_a_weight_elsewhere() -> None:
+    """It is used where it is, and PyTorch tells what to do."""
+    if not torch.cuda.is_available() or not fused_rnn.engines.native.cudnn():
+        pytest.skip("no GPU with cuDNN")
+    layer = fused_rnn.FusedLSTM(3, 6, device="cuda", backend="native")
+    x = torch.randn(5, 4, 3, device="cuda")
+    assert in_one_piece(layer)
+    layer.weight_hh_l0.data = layer.weight_hh_l0.data.clone().mul_(2)
+    assert not in_one_piece(layer)
+    with pytest.warns(UserWarning, match="single contiguous chunk of memory"):
+        found = layer(x)[0]
+    layer.flatten_parameters()
+    assert in_one_piece(layer)
+    torch.testing.assert_close(layer(x)[0], found)

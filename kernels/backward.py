@@ -236,10 +236,10 @@ def backward_kernel(
     before = pin_before(loaded, none, grads[0], zero, NEEDS_H)
     saved = unpack(pin(from_memory(x, dtype, S, BLOCK_H, BLOCK_B), grads[0], zero), S)
     if ZONED and K > 0:
-        now = OTHERS(saved, before, params, FAST)
+        now = OTHERS(saved, before, params, H, FAST)
     else:
         now = pin_all(load_others(c_seq, last, here, WIDE, STATES), grads[0], zero)
-    factors = FACTORS(saved, now, before, params, FAST)
+    factors = FACTORS(saved, now, before, params, H, FAST)
     once = (steps > 0).to(tl.int32)
     step = 0
     while step < steps:  # no `for`, see the forward sweep
@@ -261,10 +261,10 @@ def backward_kernel(
         if ZONED:  # what is kept passes the cell by
             kept, left = split_kept(keep, grads)
             keep = load_keep(zone_h, zone_c, zoneout, place, here, WIDE, STATES)
-            slots, direct, dparams = ADJOINT(factors, left, none)
+            slots, direct, dparams = ADJOINT(factors, left, none, H)
             direct = add(direct, kept)
         else:
-            slots, direct, dparams = ADJOINT(factors, grads, none)
+            slots, direct, dparams = ADJOINT(factors, grads, none, H)
         if PADDED:
             slots = clear(u >= H, slots)
         vector_grads = add_where(stored, vector_grads, dparams)
@@ -289,8 +289,8 @@ def backward_kernel(
         before = pin_before(loaded, none, ref, zero, NEEDS_H)
         saved = unpack(pin(from_memory(x, dtype, S, BLOCK_H, BLOCK_B), ref, zero), S)
         if ZONED and K > 0:
-            now = OTHERS(saved, before, params, FAST)
-        factors = FACTORS(saved, now, before, params, FAST)
+            now = OTHERS(saved, before, params, H, FAST)
+        factors = FACTORS(saved, now, before, params, H, FAST)
 
         if GROUP:
             wait(counters, step, PROGRAMS, BLOCK_BARRIER)

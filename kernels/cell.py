@@ -21,23 +21,24 @@ class CellFunctions(NamedTuple):
     """The Triton functions of a cell, over tuples of fp32 tiles [BLOCK_H, BLOCK_B].
 
     States come in their order, h first. ``params`` are the cell's own parameters, [BLOCK_H, 1]
-    each; a cell without gets an empty tuple. The four cells in `cells.py` are examples.
+    each; a cell without gets an empty tuple. H are the units that there are; FAST allows
+    approximations. `fused_rnn.show` prints those of a cell.
 
     Attributes:
-        step: ``(pre, state, params, FAST) -> (saved, new)``. ``pre`` are its S slots before the
+        step: ``(pre, state, params, H, FAST) -> (saved, new)``. ``pre`` are its S slots before the
             activation, input and recurrent part added; ``saved`` S tiles that the reverse sweep
             reads back in their place.
-        factors: ``(saved, now, before, params, FAST) -> tuple``. A step's adjoint is linear in the
+        factors: ``(saved, now, before, params, H, FAST) -> tuple``. A step's adjoint is linear in the
             gradients; these are its coefficients, and whatever else it needs that no gradient
             enters: the reverse sweep forms them while the tensor cores are busy. ``now`` are the
             states beside h after the step, ``before`` all states before it, of which h only counts
             if the cell `needs_h`.
-        adjoint: ``(k, grads, none) -> (slots, direct, dparams)``. ``k`` are the factors, ``grads``
+        adjoint: ``(k, grads, none, H) -> (slots, direct, dparams)``. ``k`` are the factors, ``grads``
             the gradients of the new states, ``none`` a tile of zeros. ``slots`` are the gradients
             of the S slots: those that belong to a row of the recurrent weights go through the
             product. ``direct`` is what reaches the states before without passing it (``none`` where
             nothing does), ``dparams`` this step's gradients of the parameters.
-        others: ``(saved, before, params, FAST) -> tuple``: the states beside h as the step makes
+        others: ``(saved, before, params, H, FAST) -> tuple``: the states beside h as the step makes
             them, before zoneout takes a part back. Without it, a cell with such states has no
             kernels for zoneout.
     """
@@ -74,6 +75,7 @@ class KernelCell:
         masks_padding: keep units that only fill up a tile at zero. Their slots, states and
             parameters begin with zeros; a cell of which steps of zeros stay finite, and their
             factors, does without.
+        whole: whether a step needs all units of a head in one program.
 
     Raises:
         ValueError: the kernels have no such slots.
@@ -90,6 +92,7 @@ class KernelCell:
     keeps_gates: bool = True
     factors: int = 6
     masks_padding: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         x, h = self.x_slots, self.h_slots

@@ -207,7 +207,7 @@ def forward_kernel(
         x = load_gates(gates, next_row, gate_at, (m < WORDS * H) & (seq < next_count), WORDS * H)
         after_row, after_count = step_rows(offsets, length, t + 2 * dt, T, B)
 
-        saved, new = STEP(pre if GROUP else unpack(pre[0], S), state, params, FAST)
+        saved, new = STEP(pre if GROUP else unpack(pre[0], S), state, params, H, FAST)
         if PADDED:
             new = clear(u >= H, new)
         if ZONED:

@@ -1,4 +1,7 @@
-"""Functions of the tiles of a derived cell that Triton lacks."""
+"""Functions of the tiles of a derived cell that Triton lacks.
+
+Those of a layer norm take tiles [BLOCK_H, BLOCK_B] of all units of a head, of which H are there.
+"""
 
 import triton
 import triton.language as tl
@@ -17,3 +20,31 @@ def expm1(x):
     u = tl.exp(x)
     y = tl.where(u == 1.0, x, (u - 1.0) * (x / tl.log(u)))
     return tl.where((u > 0.0) & (u < float("inf")), y, u - 1.0)
+
+
+@triton.jit
+def unit_mean(x, H: tl.constexpr):
+    """The mean over the units [1, BLOCK_B]."""
+    there = tl.arange(0, x.shape[0])[:, None] < H
+    return tl.sum(tl.where(there, x, 0.0), 0, keep_dims=True) / H
+
+
+@triton.jit
+def layer_rstd(x, eps, H: tl.constexpr):
+    """1 / sqrt(variance + eps) over the units [1, BLOCK_B]."""
+    centered = x - unit_mean(x, H)
+    return tl.rsqrt(unit_mean(centered * centered, H) + eps)
+
+
+@triton.jit
+def layer_norm(x, eps, H: tl.constexpr):
+    """(x - mean) rstd; zero for units that only fill up the tile."""
+    there = tl.arange(0, x.shape[0])[:, None] < H
+    return tl.where(there, (x - unit_mean(x, H)) * layer_rstd(x, eps, H), 0.0)
+
+
+@triton.jit
+def layer_center(d, y, H: tl.constexpr):
+    """The gradient of x over rstd, of the gradient d of y = (x - mean) rstd."""
+    there = tl.arange(0, d.shape[0])[:, None] < H
+    return tl.where(there, d - unit_mean(d, H) - y * unit_mean(d * y, H), 0.0)

@@ -39,13 +39,15 @@ def plans(request: PlanRequest, limits: Limits) -> list[Plan]:
         refusal = "One program could hold the weights, but a group takes less time"
     except DoesNotFit as reason:
         refusal = str(reason)
-    if limits.groups:
+    if limits.groups and not request.cell.whole:
         groups = list(_cooperative(request, limits))
         if not fitting and not groups:
             groups = list(_streamed(request, limits))
         fitting += [plan for plan in groups if plan.work <= MOST_WORK] or _least_work(groups)
     if not fitting:
-        if not limits.groups:
+        if request.cell.whole:
+            refusal += ", and its step takes all units of a head together, in one program"
+        elif not limits.groups:
             refusal += ", and a group of programs cannot run here"
         raise DoesNotFit(refusal)
     fitting = [plan if plan.programs == 1 else replace(plan, why=refusal) for plan in fitting]
@@ -97,14 +99,15 @@ def _persistent(request: PlanRequest, limits: Limits) -> Plan:
     if request.ieee:  # multiply-adds hold both operands in registers: more threads, less in each
         warps = min(limits.warps, max(4, block_h // 4))
         k_split = 4 if block_h == 64 and limits.warp == 32 else 1
+    weight_bytes = gates * block_h * block_h * itemsize
+    weight_registers, room = _weights_and_room(request, limits, block_h, warps)
+    while request.cell.whole and weight_registers > room and warps < limits.warps:
+        warps *= 2  # no group takes it over: more threads, with less of a tile in each
+        weight_registers, room = _weights_and_room(request, limits, block_h, warps)
     # wgmma is the lesser evil for fp32: a thread has no registers left for the batched dot.
     split = warps if limits.wide_mma and itemsize == 2 else 1
-
-    weight_bytes = gates * block_h * block_h * itemsize
-    weight_registers = weight_bytes // (4 * limits.warp * warps)
-    room = limits.registers - WORKING - _more_registers(request, limits, block_h, warps, 8)
     if weight_registers > room:
-        held = room * 4 * limits.warp * warps
+        held = max(0, room) * 4 * limits.warp * warps
         raise DoesNotFit(
             f"{request.cell.name} with H = {H} needs {weight_bytes // 1024} KiB for its recurrent "
             f"weights, and the registers of one program hold {held // 1024} KiB"
@@ -140,6 +143,15 @@ def _persistent(request: PlanRequest, limits: Limits) -> Plan:
         weight_registers=weight_registers,
         shared=shared,
     )
+
+
+def _weights_and_room(
+    request: PlanRequest, limits: Limits, block_h: int, warps: int
+) -> tuple[int, int]:
+    """Registers per thread that the weights take, and those that the rest of a step leaves them."""
+    weights = request.cell.gates * block_h * block_h * request.itemsize
+    more = _more_registers(request, limits, block_h, warps, 8)
+    return weights // (4 * limits.warp * warps), limits.registers - WORKING - more
 
 
 def _persistent_shared(

@@ -37,7 +37,7 @@ def slstm_gates(i, f, m):
 
 
 @triton.jit
-def slstm_step(pre, state, params, FAST: tl.constexpr):
+def slstm_step(pre, state, params, H: tl.constexpr, FAST: tl.constexpr):
     i, f, m, _ = slstm_gates(pre[0], pre[1], state[3])
     z = tanh(pre[2], FAST)
     o = sigmoid(pre[3], FAST)
@@ -47,13 +47,13 @@ def slstm_step(pre, state, params, FAST: tl.constexpr):
 
 
 @triton.jit
-def slstm_others(saved, before, params, FAST: tl.constexpr):
+def slstm_others(saved, before, params, H: tl.constexpr, FAST: tl.constexpr):
     i, f, m, _ = slstm_gates(saved[0], saved[1], before[3])
     return f * before[1] + i * saved[2], f * before[2] + i, m
 
 
 @triton.jit
-def slstm_factors(saved, now, before, params, FAST: tl.constexpr):
+def slstm_factors(saved, now, before, params, H: tl.constexpr, FAST: tl.constexpr):
     i, f, _, ahead = slstm_gates(saved[0], saved[1], before[3])
     z = saved[2]
     o = saved[3]
@@ -72,7 +72,7 @@ def slstm_factors(saved, now, before, params, FAST: tl.constexpr):
 
 
 @triton.jit
-def slstm_adjoint(k, grads, none):
+def slstm_adjoint(k, grads, none, H: tl.constexpr):
     dh = grads[0]
     dn = grads[2] + dh * k[0]
     dc = grads[1] + dh * k[1]
@@ -104,7 +104,7 @@ def peephole(gx: Tensor, gh: Tensor, states: Sequence[Tensor], vectors: Any) -> 
 
 
 @triton.jit
-def peephole_step(pre, state, params, FAST: tl.constexpr):
+def peephole_step(pre, state, params, H: tl.constexpr, FAST: tl.constexpr):
     i = sigmoid(pre[0] + params[0] * state[1], FAST)
     f = sigmoid(pre[1] + params[1] * state[1], FAST)
     g = tanh(pre[2], FAST)
@@ -114,12 +114,12 @@ def peephole_step(pre, state, params, FAST: tl.constexpr):
 
 
 @triton.jit
-def peephole_others(saved, before, params, FAST: tl.constexpr):
+def peephole_others(saved, before, params, H: tl.constexpr, FAST: tl.constexpr):
     return (saved[1] * before[1] + saved[0] * saved[2],)
 
 
 @triton.jit
-def peephole_factors(saved, now, before, params, FAST: tl.constexpr):
+def peephole_factors(saved, now, before, params, H: tl.constexpr, FAST: tl.constexpr):
     i, f, g, o = saved
     y = tanh(now[0], FAST)
     di = g * i * (1.0 - i)
@@ -131,7 +131,7 @@ def peephole_factors(saved, now, before, params, FAST: tl.constexpr):
 
 
 @triton.jit
-def peephole_adjoint(k, grads, none):
+def peephole_adjoint(k, grads, none, H: tl.constexpr):
     dh = grads[0]
     dc = grads[1] + dh * k[4]
     di = dc * k[0]
@@ -158,20 +158,20 @@ def leaky(gx: Tensor, gh: Tensor, states: Sequence[Tensor], vectors: Any) -> lis
 
 
 @triton.jit
-def leaky_step(pre, state, params, FAST: tl.constexpr):
+def leaky_step(pre, state, params, H: tl.constexpr, FAST: tl.constexpr):
     y = tanh(pre[0], FAST)
     return (y,), (state[0] + sigmoid(params[0], FAST) * (y - state[0]),)
 
 
 @triton.jit
-def leaky_factors(saved, now, before, params, FAST: tl.constexpr):
+def leaky_factors(saved, now, before, params, H: tl.constexpr, FAST: tl.constexpr):
     y = saved[0]
     rate = sigmoid(params[0], FAST)
     return rate * (1.0 - y * y), 1.0 - rate, (y - before[0]) * rate * (1.0 - rate)
 
 
 @triton.jit
-def leaky_adjoint(k, grads, none):
+def leaky_adjoint(k, grads, none, H: tl.constexpr):
     return (grads[0] * k[0],), (grads[0] * k[1],), (grads[0] * k[2],)
 
 
@@ -190,7 +190,7 @@ def highway(gx: Tensor, gh: Tensor, states: Sequence[Tensor], vectors: Any) -> l
 
 
 @triton.jit
-def highway_step(pre, state, params, FAST: tl.constexpr):
+def highway_step(pre, state, params, H: tl.constexpr, FAST: tl.constexpr):
     i = sigmoid(pre[0], FAST)
     f = sigmoid(pre[1], FAST)
     g = tanh(pre[2], FAST)
@@ -200,7 +200,7 @@ def highway_step(pre, state, params, FAST: tl.constexpr):
 
 
 @triton.jit
-def highway_factors(saved, now, before, params, FAST: tl.constexpr):
+def highway_factors(saved, now, before, params, H: tl.constexpr, FAST: tl.constexpr):
     i, f, g, o = saved
     y = tanh(now[0], FAST)
     di = g * i * (1.0 - i)
@@ -210,7 +210,7 @@ def highway_factors(saved, now, before, params, FAST: tl.constexpr):
 
 
 @triton.jit
-def highway_adjoint(k, grads, none):
+def highway_adjoint(k, grads, none, H: tl.constexpr):
     dh = grads[0]
     dc = grads[1] + dh * k[4]
     return (dc * k[0], dc * k[1], dc * k[2], dh * k[3]), (dh * k[6], dc * k[5]), ()
@@ -234,19 +234,19 @@ def ratio(gx: Tensor, gh: Tensor, states: Sequence[Tensor], vectors: Any) -> lis
 
 
 @triton.jit
-def ratio_step(pre, state, params, FAST: tl.constexpr):
+def ratio_step(pre, state, params, H: tl.constexpr, FAST: tl.constexpr):
     y = tanh(pre[0], FAST)
     n = tl.abs(state[1]) + params[0] * params[0]
     return (y,), (y / n, n)
 
 
 @triton.jit
-def ratio_others(saved, before, params, FAST: tl.constexpr):
+def ratio_others(saved, before, params, H: tl.constexpr, FAST: tl.constexpr):
     return (tl.abs(before[1]) + params[0] * params[0],)
 
 
 @triton.jit
-def ratio_factors(saved, now, before, params, FAST: tl.constexpr):
+def ratio_factors(saved, now, before, params, H: tl.constexpr, FAST: tl.constexpr):
     y = saved[0]
     over = 1.0 / now[0]
     sign = tl.where(before[1] < 0, -1.0, 1.0)
@@ -254,7 +254,7 @@ def ratio_factors(saved, now, before, params, FAST: tl.constexpr):
 
 
 @triton.jit
-def ratio_adjoint(k, grads, none):
+def ratio_adjoint(k, grads, none, H: tl.constexpr):
     dn = grads[1] + grads[0] * k[1]
     return (grads[0] * k[0],), (none, dn * k[2]), (dn * k[3],)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_rnn import FusedRecurrent, cell, explain, show, surrogate
+from fused_rnn import FusedRecurrent, cell, cells, explain, show, surrogate
 from fused_rnn.cells.builtin import CELLS, GRU, LSTM
 from fused_rnn.derive.derivation import derivation
 from fused_rnn.derive.kernels import source
@@ -241,6 +241,14 @@ def in_place_of_a_gate(gates: Any, state: Any) -> Tensor:
     return gates.a.add_(1)
 
 
+def norm_of_the_batch(gates: Any, state: Any) -> Tensor:
+    return F.layer_norm(gates.a, gates.a.shape)
+
+
+def norm_by_a_gate(gates: Any, state: Any) -> Tensor:
+    return F.layer_norm(state.h, state.h.shape[-1:], gates.a)
+
+
 def rounded(gates: Any, state: Any) -> Tensor:
     return torch.div(gates.a, 2, rounding_mode="floor")
 
@@ -257,6 +265,14 @@ WRONG = {
     value: ("there is no rule for aten.select", "return gates.a * float(state.h[0, 0])"),
     in_place: ("mul_ works in place, and a step may not", "return gates.a.clone().mul_(2)"),
     in_place_of_a_gate: ("add_ works in place, and a step may not", "return gates.a.add_(1)"),
+    norm_of_the_batch: (
+        r"normalized_shape should be x\.shape\[-1:\]",
+        "F.layer_norm(gates.a, gates.a.shape)",
+    ),
+    norm_by_a_gate: (
+        r"the weight and bias of layer_norm are vectors \[H\]: parameters",
+        "F.layer_norm(state.h, state.h.shape[-1:], gates.a)",
+    ),
     rounded: ("a division that rounds has no rule", "torch.div(gates.a, 2, rounding_mode"),
     random: ("bernoulli_ works in place", "return F.dropout(gates.a, 0.5)"),
 }
@@ -331,17 +347,74 @@ def test_a_cell_is_made_of_a_function() -> None:
         FusedRecurrent(mean, 3, 4)  # type: ignore[arg-type]
 
 
+# ---- layer norm ---------------------------------------------------------------------------------
+
+
+@cell(gates="ab", states="hc", parameters=("gain", "shift"))
+def normed(gates: Any, state: Any, p: Any) -> tuple[Tensor, Tensor]:
+    """A layer norm of a sum, of a state and of a parameter, with and without gain and shift."""
+    units = gates.a.shape[-1:]
+    c = 0.5 * state.c + F.layer_norm(gates.a + state.h, units, p.gain, p.shift, eps=0.01)
+    h = torch.tanh(F.layer_norm(c, units, bias=p.shift)) * F.layer_norm(gates.b, units)
+    return h + F.layer_norm(p.gain, units), c
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"heads": 2}, {"heads": 3, "bidirectional": True}, {"recompute": True}], ids=str
+)
+def test_layer_norm(options: dict[str, Any]) -> None:
+    assert_equal(normed, **options)
+
+
+def test_layer_norm_is_two_means() -> None:
+    """Of the adjoint, one function of all units for each norm that a gradient passes."""
+    text = show(normed)
+    adjoint = text.partition("def normed_adjoint")[2].partition("@triton.jit")[0]
+    assert adjoint.count("layer_center(") == 4
+    assert "layer_norm" not in adjoint
+    assert derivation(normed).mixes_units
+    assert not derivation(peephole).mixes_units
+
+
+def test_a_layer_norm_of_numbers_is_zero() -> None:
+    @cell(gates="a", states="h")
+    def still(gates: Any, state: Any) -> Tensor:
+        ones = torch.ones_like(gates.a)
+        return gates.a - state.h / 2 + F.layer_norm(ones, ones.shape[-1:])
+
+    assert not derivation(still).mixes_units
+    assert_equal(still)
+
+
+def test_layer_norm_is_for_one_program() -> None:
+    """All units of a head in it: heads fit where one of their width does not."""
+    for heads, backend in ((4, "triton"), (1, "eager")):
+        layer = FusedRecurrent(cells.layer_norm_lstm, 8, 256, heads=heads, dtype=torch.bfloat16)
+        (told,) = explain(layer, torch.randn(4, 2, 8, dtype=torch.bfloat16), 90)
+        assert told.backend == backend
+    assert (
+        "its step takes all units of a head together, in one program" in told.reason
+    ), told.reason
+
+
 # ---- what is not pointwise all the same ---------------------------------------------------------
 
 
 @cell(gates="a", states="h", pointwise=False)
-def normed(gates: Any, state: Any) -> Tensor:
-    """Layer norm over the units: nothing can be derived of it."""
-    return torch.tanh(F.layer_norm(gates.a, gates.a.shape[-1:]))
+def competing(gates: Any, state: Any) -> Tensor:
+    """Units share a sum: nothing can be derived of it."""
+    return torch.softmax(gates.a, -1)
+
+
+def test_heads_do_not_mix() -> None:
+    """A step sees the units of one head, pointwise or not."""
+    layer = FusedRecurrent(competing, 3, 6, heads=3)
+    output, _ = layer(torch.randn(4, 2, 3))
+    torch.testing.assert_close(output.unflatten(-1, (3, 2)).sum(-1), torch.ones(4, 2, 3))
 
 
 def test_the_eager_loop_runs_what_is_not_pointwise() -> None:
-    layer = FusedRecurrent(normed, 3, 6)
+    layer = FusedRecurrent(competing, 3, 6)
     output, h_n = layer(torch.randn(4, 2, 3))
     output.sum().backward()
     assert h_n.shape == (1, 2, 6)
@@ -350,9 +423,9 @@ def test_the_eager_loop_runs_what_is_not_pointwise() -> None:
     assert told.backend == "eager"
     assert "whose step is not pointwise" in told.reason
     (there,) = explain(layer, torch.randn(4, 2, 3), 90)
-    assert "no fused kernel: the step of normed is not pointwise" in there.reason
+    assert "no fused kernel: the step of competing is not pointwise" in there.reason
     layer.backend = "cpu"
-    with pytest.raises(RuntimeError, match="no sweeps can be derived of normed"):
+    with pytest.raises(RuntimeError, match="no sweeps can be derived of competing"):
         layer(torch.randn(4, 2, 3))
 
 

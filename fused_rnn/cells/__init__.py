@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fused_rnn.cells.builtin import GRU, LSTM, RNN_RELU, RNN_TANH
     from fused_rnn.cells.continuous import antisymmetric_rnn, cfc, leaky_rnn, learned_leaky_rnn
-    from fused_rnn.cells.gated import coupled_lstm, janet, minimal_gated_unit, peephole_lstm, slstm
+    from fused_rnn.cells.gated import (
+        coupled_lstm,
+        janet,
+        layer_norm_lstm,
+        minimal_gated_unit,
+        peephole_lstm,
+        slstm,
+    )
     from fused_rnn.cells.spiking import lif
     from fused_rnn.spec.cells import Cell
 
@@ -23,6 +30,7 @@ __all__ = [
     "cfc",
     "coupled_lstm",
     "janet",
+    "layer_norm_lstm",
     "leaky_rnn",
     "learned_leaky_rnn",
     "lif",
@@ -34,7 +42,14 @@ __all__ = [
 _PLACES = {
     "builtin": ("GRU", "LSTM", "RNN_RELU", "RNN_TANH"),
     "continuous": ("antisymmetric_rnn", "cfc", "leaky_rnn", "learned_leaky_rnn"),
-    "gated": ("coupled_lstm", "janet", "minimal_gated_unit", "peephole_lstm", "slstm"),
+    "gated": (
+        "coupled_lstm",
+        "janet",
+        "layer_norm_lstm",
+        "minimal_gated_unit",
+        "peephole_lstm",
+        "slstm",
+    ),
     "spiking": ("lif",),
 }
 

@@ -104,6 +104,7 @@ def define(
         "pointwise": pointwise,
     }
     if torch is None:
+        parts["mixes_units"] = not pointwise or derivation(Cell(**parts)).mixes_units
         key = f"{name}@{_mark(Cell(**parts), place)}"
         while key in CELLS and not pointwise and CELLS[key].step is not step:
             key += "'"  # defined again: nobody can tell whether it is the same

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import layer_norm, logsigmoid
 
 from fused_rnn.cells.definition import cell
 
@@ -49,6 +49,33 @@ def peephole_lstm(gates: Any, state: Any, p: Any) -> tuple[Tensor, Tensor]:
     f = torch.sigmoid(gates.f + p.p_f * state.c)
     c = f * state.c + i * torch.tanh(gates.g)
     return torch.sigmoid(gates.o + p.p_o * c) * torch.tanh(c), c
+
+
+GAINS = {f"gain_{gate}": 1.0 for gate in "ifgo"}
+SHIFTS = {f"shift_{gate}": 0.0 for gate in "ifgo"}
+
+
+@cell(gates="ifgo", states="hc", parameters=GAINS | SHIFTS)
+def layer_norm_lstm(gates: Any, state: Any, p: Any) -> tuple[Tensor, Tensor]:
+    """An LSTM whose pre-activations have mean 0 and variance 1 over the units of a head.
+
+    With norm(x) = gain (x - mean(x)) / sqrt(variance(x) + 1e-5) + shift, for each gate its own:
+
+        c' = sigmoid(norm(f)) c + sigmoid(norm(i)) tanh(norm(g))
+        h' = sigmoid(norm(o)) tanh(c')
+
+    The paper normalises both products by themselves, all gates together, and c' once more: another
+    function.
+
+    J. L. Ba, J. R. Kiros, G. E. Hinton, "Layer normalization", 2016, arXiv:1607.06450.
+    """
+    units = gates.i.shape[-1:]
+    i = torch.sigmoid(layer_norm(gates.i, units, p.gain_i, p.shift_i))
+    f = torch.sigmoid(layer_norm(gates.f, units, p.gain_f, p.shift_f))
+    g = torch.tanh(layer_norm(gates.g, units, p.gain_g, p.shift_g))
+    o = torch.sigmoid(layer_norm(gates.o, units, p.gain_o, p.shift_o))
+    c = f * state.c + i * g
+    return o * torch.tanh(c), c
 
 
 @cell(gates="fgo", states="hc")

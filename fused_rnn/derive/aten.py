@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_rnn.derive.expressions import Expression, Expressions
+from fused_rnn.derive.expressions import Expression, Expressions, reachable
 
 
 class Operand(NamedTuple):
@@ -22,6 +22,8 @@ class Operand(NamedTuple):
 
 
 Rule = Callable[[Expressions, list[Operand], dict[str, Any]], Expression]
+# Of an operation with several results; None for one that is not asked for.
+Rules = Callable[[Expressions, list[Operand]], tuple[Expression | None, ...]]
 
 
 @lru_cache
@@ -261,7 +263,6 @@ RULES: dict[str, Rule] = {
     "true_divide": _div,
     "reciprocal": _reciprocal,
     "square": _square,
-    "log_sigmoid_forward": lambda make, args, _: make.make("logsigmoid", args[0].expression),
     "log_sigmoid_backward": _logsigmoid_backward,
     "pow": _power,
     "addcmul": _fused("mul"),
@@ -272,4 +273,55 @@ RULES: dict[str, Rule] = {
     "where": _where,
     "masked_fill": _masked_fill,
     "scalar_tensor": _scalar,
+}
+
+
+def _log_sigmoid(make: Expressions, args: list[Operand]) -> tuple[Expression, Expression]:
+    """The second result is a buffer that backward ignores."""
+    return make.make("logsigmoid", args[0].expression), make.zero
+
+
+def _layer_norm(make: Expressions, args: list[Operand]) -> tuple[Expression, ...]:
+    """Of (x, normalized_shape, weight, bias, eps): y, the mean, which nothing needs, and rstd."""
+    x, shape, weight, bias, eps = args
+    if list(shape.value) != list(x.value.shape[-1:]):
+        raise ValueError(
+            "layer_norm in a step is over the units of a head: normalized_shape should be "
+            "x.shape[-1:]"
+        )
+    for vector in (weight, bias):
+        if vector.value is not None and not _is_vector(vector.expression):
+            raise ValueError("the weight and bias of layer_norm are vectors [H]: parameters")
+    operands = x.expression, make.constant(eps.value)
+    y = make.make("layer_norm", *operands)
+    if weight.value is not None:
+        y = make.make("mul", y, weight.expression)
+    if bias.value is not None:
+        y = make.make("add", y, bias.expression)
+    return y, make.zero, make.make("layer_rstd", *operands)
+
+
+def _is_vector(x: Expression) -> bool:
+    """Whether it is made of parameters alone."""
+    leaves = [node for node in reachable([x]) if node.op == "leaf"]
+    return all(str(leaf).startswith("own_") for leaf in leaves)
+
+
+def _layer_norm_backward(
+    make: Expressions, args: list[Operand]
+) -> tuple[Expression | None, ...]:
+    """Of (dy, x, normalized_shape, mean, rstd, weight, bias, mask): dx, dweight and dbias."""
+    dy, _, _, _, rstd, weight, _, mask = args
+    d, scale = dy.expression, rstd.expression
+    # What was normalised and eps are the operands of rstd, unless it is a constant.
+    y = make.make("layer_norm", *scale.operands) if scale.value is None else make.zero
+    dx = d if weight.value is None else make.make("mul", d, weight.expression)
+    results = make.make("mul", make.make("layer_center", dx, y), scale), make.make("mul", d, y), d
+    return tuple([r if asked else None for r, asked in zip(results, mask.value, strict=True)])
+
+
+RULES_OF_SEVERAL: dict[str, Rules] = {
+    "log_sigmoid_forward": _log_sigmoid,
+    "native_layer_norm": _layer_norm,
+    "native_layer_norm_backward": _layer_norm_backward,
 }

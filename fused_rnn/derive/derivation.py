@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from fused_rnn.derive.expressions import Expression, Expressions, reachable
-from fused_rnn.derive.linear import Adjoint, Form, linear
-from fused_rnn.derive.operations import value_of
+from fused_rnn.derive.linear import Adjoint, linear
+from fused_rnn.derive.operations import MIXING, value_of
 from fused_rnn.derive.trace import trace
 from fused_rnn.spec.cells import Cell
 
@@ -80,6 +80,11 @@ class Derivation:
         return self.saved != [self.new[0]]
 
     @cached_property
+    def mixes_units(self) -> bool:
+        """Whether a unit depends on the others of its head, beside the recurrent product."""
+        return any(node.op in MIXING for node in reachable([*self.new, *self.factors]))
+
+    @cached_property
     def rests_at_zero(self) -> bool:
         """Whether zeros stay zeros in every step, and on the way back all is finite for zeros.
 
@@ -97,12 +102,12 @@ class Derivation:
             numbers[node] = len(numbers)
             given = node.args if not node.operands else [numbers[o] for o in node.operands]
             lines.append(f"{node.op} {given}")
-        forms = [form for _, form in self.adjoint.sums] + self.adjoint.results
-        for form in forms:
+        for form in self.adjoint.forms:
             terms = [
                 (base, f.value if f.value is not None else numbers[f]) for base, f in form.items()
             ]
             lines.append(f"{terms}")
+        lines += [f"{s.name} {numbers[s.y]}" for s in self.adjoint.sums if s.y is not None]
         return "\n".join([*lines, f"{[numbers[n] for n in self.new]}"])
 
 
@@ -152,9 +157,10 @@ def _values(roots: list[Expression], known: dict[Expression, float]) -> list[flo
 
 
 def _factors(adjoint: Adjoint) -> list[Expression]:
-    """Those that are no constants, each once."""
-    forms: list[Form] = adjoint.results + [form for _, form in adjoint.sums]
-    return list(dict.fromkeys(f for form in forms for f in form.values() if f.value is None))
+    """Those that are no constants, each once; and what was normalised."""
+    forms = adjoint.results + [s.form for s in adjoint.sums]
+    factors = [f for form in forms for f in form.values() if f.value is None]
+    return list(dict.fromkeys(factors + adjoint.normalised))
 
 
 def _unbound(roots: list[Expression], bound: set[Expression]) -> set[Expression]:

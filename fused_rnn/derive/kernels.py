@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_rnn.derive.derivation import Derivation, derivation
 from fused_rnn.derive.expressions import Expression
-from fused_rnn.derive.linear import Form
+from fused_rnn.derive.linear import Form, Sum
 from fused_rnn.derive.source import Writer, load, number
 from fused_rnn.kernels.cell import CellFunctions, KernelCell
 from fused_rnn.spec.cells import Cell
@@ -38,6 +38,7 @@ def kernel_cell(cell: Cell) -> KernelCell:
         keeps_gates=derived.keeps_slots,
         factors=len(derived.factors),
         masks_padding=not derived.rests_at_zero,
+        whole=derived.mixes_units,
     )
 
 
@@ -86,10 +87,11 @@ def functions(cell: Cell) -> CellFunctions:
     import triton
     import triton.language as tl
 
-    from fused_rnn.kernels.functions import expm1, log1p
+    from fused_rnn.kernels.functions import expm1, layer_center, layer_norm, layer_rstd, log1p
     from fused_rnn.kernels.tiles import sigmoid, tanh
 
-    space = {"triton": triton, "tl": tl} | {f.__name__: f for f in (expm1, log1p, sigmoid, tanh)}
+    used = (expm1, layer_center, layer_norm, layer_rstd, log1p, sigmoid, tanh)
+    space = {"triton": triton, "tl": tl} | {f.__name__: f for f in used}
     made = load(cell.name, source(cell), space)
     parts = [made[f"{cell.name}_{part}"] for part in ("step", "factors", "adjoint", "others")]
     return CellFunctions(*parts)
@@ -154,7 +156,7 @@ def _step(name: str, d: Derivation, places: tuple[int, ...], S: int) -> str:
     by_place = dict(zip(places, saved, strict=True))
     # A slot that the cell has no use for holds what another one does: nothing is computed for it.
     slots = [by_place.get(i, saved[0]) for i in range(S)]
-    head = f"def {name}_step(pre, state, params, FAST: tl.constexpr):"
+    head = f"def {name}_step(pre, state, params, H: tl.constexpr, FAST: tl.constexpr):"
     reads = [
         *_reads("pre", d.slots, places),
         *_reads("state", d.states),
@@ -166,7 +168,7 @@ def _step(name: str, d: Derivation, places: tuple[int, ...], S: int) -> str:
 def _factors(name: str, d: Derivation, places: tuple[int, ...]) -> str:
     writer = Writer("triton", d.bound_saved() | d.bound_states())
     names = [writer.write(e) for e in d.factors]
-    head = f"def {name}_factors(saved, now, before, params, FAST: tl.constexpr):"
+    head = f"def {name}_factors(saved, now, before, params, H: tl.constexpr, FAST: tl.constexpr):"
     return _function(head, _known_reads(d, places), writer.lines, _tuple(names))
 
 
@@ -177,21 +179,26 @@ def _others(name: str, d: Derivation, places: tuple[int, ...]) -> str:
         f"tl.zeros_like(saved[0]) + {writer.write(e)}" if writer.is_narrow(e) else writer.write(e)
         for e in d.new[1:]
     ]
-    head = f"def {name}_others(saved, before, params, FAST: tl.constexpr):"
+    head = f"def {name}_others(saved, before, params, H: tl.constexpr, FAST: tl.constexpr):"
     return _function(head, _known_reads(d, places), writer.lines, _tuple(names))
 
 
 def _adjoint(name: str, d: Derivation, places: tuple[int, ...], S: int) -> str:
     at = {factor: f"k[{i}]" for i, factor in enumerate(d.factors)}
-    lines = [f"{p} = {_sum(form, at)}" for p, form in d.adjoint.sums]
+    lines = [f"{s.name} = {_centered(s, at)}" for s in d.adjoint.sums]
     results = [_sum(form, at) for form in d.adjoint.results]
     slots, states = results[: len(d.slots)], results[len(d.slots) :][: len(d.states)]
     by_place = dict(zip(places, slots, strict=True))
     dslots = [by_place.get(i, "none") for i in range(S)]
     dparams = results[len(d.slots) + len(d.states) :]
     reads = [f"d{i} = grads[{i}]" for i in range(len(d.states))]
-    head = f"def {name}_adjoint(k, grads, none):"
+    head = f"def {name}_adjoint(k, grads, none, H: tl.constexpr):"
     return _function(head, reads, lines, f"{_tuple(dslots)}, {_tuple(states)}, {_tuple(dparams)}")
+
+
+def _centered(one: Sum, at: dict[Expression, str]) -> str:
+    text = _sum(one.form, at)
+    return text if one.y is None else f"layer_center({text}, {at[one.y]}, H)"
 
 
 def _sum(form: Form, at: dict[Expression, str]) -> str:

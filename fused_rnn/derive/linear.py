@@ -14,16 +14,41 @@ MOST_MULTIPLIED = 64  # of a product that is looked into
 Form = dict[str, Expression]  # the sum over (name of a gradient: its factor)
 
 
+class Sum(NamedTuple):
+    """A gradient that is computed before others are made of it.
+
+    Attributes:
+        name: the base that it is from then on.
+        form: what is added up.
+        y: what was normalised, if the sum is to be centered: p - mean(p) - y mean(p y) over the
+            units; or None.
+    """
+
+    name: str
+    form: Form
+    y: Expression | None = None
+
+
 class Adjoint(NamedTuple):
     """The gradients of a step's inputs.
 
     Attributes:
-        sums: gradients that are used several times, in order, as (name, form).
+        sums: gradients that are used several times, or that all units have a part in; in order.
         results: the gradients of the inputs; an empty form is zero.
     """
 
-    sums: list[tuple[str, Form]]
+    sums: list[Sum]
     results: list[Form]
+
+    @property
+    def forms(self) -> list[Form]:
+        """All of them."""
+        return [s.form for s in self.sums] + self.results
+
+    @property
+    def normalised(self) -> list[Expression]:
+        """What sums are centered with."""
+        return [s.y for s in self.sums if s.y is not None]
 
 
 def linear(make: Expressions, gradients: list[Expression], states: int) -> Adjoint:
@@ -41,15 +66,23 @@ def linear(make: Expressions, gradients: list[Expression], states: int) -> Adjoi
     users = Counter(o for node in order if node in depends for o in node.operands)
     users.update(gradients)
     forms: dict[Expression, Form] = {}
-    sums: list[tuple[str, Form]] = []
+    sums: list[Sum] = []
+
+    def base(form: Form, y: Expression | None = None) -> Form:
+        """A sum that others are made of, as a base of theirs."""
+        sums.append(Sum(f"p{len(sums)}", form, y))
+        return {sums[-1].name: make.one}
+
     for node in order:
         if node not in depends:
             continue
-        form = {str(node): make.one} if node in roots else _form(make, node, forms)
-        if users[node] > 1 and len(form) > 1:
-            sums.append((f"p{len(sums)}", form))
-            form = {sums[-1][0]: make.one}
-        forms[node] = form
+        if node in roots:
+            form = {str(node): make.one}
+        elif node.op == "layer_center" and node.operands[1] not in depends:
+            form = base(forms[node.operands[0]], node.operands[1])
+        else:
+            form = _form(make, node, forms)
+        forms[node] = base(form) if users[node] > 1 and len(form) > 1 else form
     results = [forms.get(g, {}) for g in gradients]
     if any(g not in depends and g.value != 0 for g in gradients):
         raise ValueError("a gradient does not depend on those of the new states")
@@ -61,9 +94,8 @@ def _shared(make: Expressions, adjoint: Adjoint) -> Adjoint:
 
     As a GRU's: with dq = dn r, that of the reset gate, dn q r (1 - r), is dq q (1 - r).
     """
-    forms = [form for _, form in adjoint.sums] + adjoint.results
     known: dict[Expression, Counter[Expression]] = {}
-    products = {f: _product(f, known) for form in forms for f in form.values()}
+    products = {f: _product(f, known) for form in adjoint.forms for f in form.values()}
     order = sorted(products, key=lambda f: products[f].total())
     made: dict[Expression, Expression] = {}
     for factor in order:
@@ -80,7 +112,7 @@ def _shared(make: Expressions, adjoint: Adjoint) -> Adjoint:
             made[factor] = product
     share = lambda form: {base: made[f] for base, f in form.items()}  # noqa: E731
     return Adjoint(
-        [(p, share(form)) for p, form in adjoint.sums], list(map(share, adjoint.results))
+        [s._replace(form=share(s.form)) for s in adjoint.sums], list(map(share, adjoint.results))
     )
 
 

@@ -1,6 +1,7 @@
 """The operations that a cell's step may be made of: what they are in Python, PyTorch and Triton.
 
 Numbers are fp32 in Triton, whatever the type of the layer; conditions are what comparisons give.
+All act on each element alone, but for the last three, which see all units of a head.
 """
 
 import math
@@ -103,4 +104,16 @@ OPERATIONS = {
     "and": Operation(lambda a, b: a and b, "{0} & {1}", "{0} & {1}", condition=True),
     "or": Operation(lambda a, b: a or b, "{0} | {1}", "{0} | {1}", condition=True),
     "not": Operation(lambda a: not a, "{0} == 0", "~{0}", condition=True),
+    # y = (x - mean) rstd, with rstd = 1 / sqrt(variance + eps); and d - mean(d) - y mean(d y), which
+    # is dx / rstd for the gradient d of y. A constant is its own mean.
+    "layer_norm": Operation(lambda x, eps: 0.0, "layer_norm({0}, {1}, H)", "layer_norm({0}, {1})"),
+    "layer_rstd": Operation(
+        lambda x, eps: eps**-0.5 if eps > 0 else math.inf,
+        "layer_rstd({0}, {1}, H)",
+        "layer_rstd({0}, {1})",
+    ),
+    "layer_center": Operation(
+        lambda d, y: 0.0, "layer_center({0}, {1}, H)", "layer_center({0}, {1})"
+    ),
 }
+MIXING = ("layer_norm", "layer_rstd", "layer_center")

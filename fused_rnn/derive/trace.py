@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_rnn.derive.aten import RULES, Operand, decompositions
+from fused_rnn.derive.aten import RULES, RULES_OF_SEVERAL, Operand, decompositions
 from fused_rnn.derive.expressions import Expression, Expressions
 
 SHAPE = (2, 3)  # of the tensors that the step runs on: [sequences, units]
@@ -134,25 +134,33 @@ class _Recorder(TorchDispatchMode):
         in_place = packet.endswith("_") and not packet.endswith("__")
         if in_place and not self._backwards:
             raise self._error(f"{packet} works in place, and a step may not")
-        rule = RULES.get(packet.removesuffix("_") if in_place else packet)
-        if rule is None:
-            raise self._error(f"there is no rule for aten.{packet}")
         operands = [Operand(a, self.expression_of) for a in args]
         try:
+            if packet in RULES_OF_SEVERAL:
+                return self._several(RULES_OF_SEVERAL[packet](self.expressions, operands))
+            rule = RULES.get(packet.removesuffix("_") if in_place else packet)
+            if rule is None:
+                raise ValueError(f"there is no rule for aten.{packet}")
             made = rule(self.expressions, operands, kwargs)
         except ValueError as reason:
             raise self._error(str(reason)) from reason
         result = func(*args, **kwargs)
-        if packet == "log_sigmoid_forward":  # its second result is a buffer that backward ignores
-            self.know(result[1], self.expressions.zero)
-            result, buffer = result
-            self.know(result, made)
-            return result, buffer
         if not isinstance(result, Tensor) or tuple(result.shape) not in (SHAPE, ()):
             raise self._error(f"aten.{packet} is not pointwise")
         # Under a name of its own: an operation may return the tensor that it was given.
         self.know(result, made)
         return result
+
+    def _several(self, made: tuple[Expression | None, ...]) -> tuple[Tensor | None, ...]:
+        """Tensors that hold several results; their values do not matter."""
+        results = [
+            None if e is None else torch.zeros(SHAPE, dtype=torch.float64, device="cpu")
+            for e in made
+        ]
+        for result, expression in zip(results, made, strict=True):
+            if result is not None and expression is not None:
+                self.know(result, expression)
+        return tuple(results)
 
     def _error(self, what: str) -> ValueError:
         """With the line of the user's file that is being run."""
@@ -166,6 +174,7 @@ class _Recorder(TorchDispatchMode):
             text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
             place += f', line {frame.f_lineno} of {frame.f_code.co_filename}, "{text}"'
         return ValueError(
-            f"{place}: {what}. A step is pointwise in its gates, states and parameters; "
+            f"{place}: {what}. A step is pointwise in its gates, states and parameters, "
+            "layer_norm over the units aside; "
             "docs/cells.md lists the operations"
         )

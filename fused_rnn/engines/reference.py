@@ -83,7 +83,7 @@ class _Direction:
             before = new
             others = [] if K == 0 else [before[1]] if K == 1 else before[1].chunk(K, 1)
             gh = recurrent_product(operand, w)
-            h, *others = one_step(gx[t], gh, (before[0], *others), w.vectors)
+            h, *others = one_step(gx[t], gh, (before[0], *others), w.vectors, spec.heads)
             if w.w_hr is not None:
                 h = F.linear(h, w.w_hr)
             new = outputs = [h, *others] if K < 2 else [h, torch.cat(others, 1)]

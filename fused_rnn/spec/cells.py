@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_rnn.kernels.cell import KernelCell
@@ -47,7 +48,9 @@ class Cell:
         apart: the gates whose input and recurrent part the step gets apart.
         initial: what each state begins with where nothing is given.
         begin: what each parameter is set to at first; drawn as the weights are where it is None.
-        pointwise: whether the step treats every element alone, so that sweeps can be derived.
+        pointwise: whether the step treats every element alone, layer norms aside, so that sweeps
+            can be derived.
+        mixes_units: whether a unit depends on the others of its head within a step.
         torch: PyTorch's own functions for it, or None.
         key: its name, and for a user's cell a mark of what it computes: no two cells share it.
         place: where a pickle finds it, "module:name".
@@ -64,6 +67,7 @@ class Cell:
     initial: tuple[float, ...] = ()
     begin: tuple[float | None, ...] = ()
     pointwise: bool = True
+    mixes_units: bool = False
     torch: TorchFunctions | None = None
     key: str = ""
     place: str = ""
@@ -117,7 +121,12 @@ class Cell:
         return new
 
     def one_step(
-        self, gx: Tensor, gh: Tensor, states: Sequence[Tensor], vectors: Tensor | None = None
+        self,
+        gx: Tensor,
+        gh: Tensor,
+        states: Sequence[Tensor],
+        vectors: Tensor | None = None,
+        heads: int = 1,
     ) -> tuple[Tensor, ...]:
         """The new states [B, H] after one step.
 
@@ -126,6 +135,7 @@ class Cell:
             gh: the recurrent part, ``h W_hh^T + b_hh`` [B, G*H].
             states: [B, H] each.
             vectors: the parameters [P, H], or None for a cell without.
+            heads: that lie side by side in each [B, H].
         """
         if not self.apart:
             slots: Sequence[Tensor] = (gx + gh).chunk(self.blocks, -1)
@@ -136,10 +146,12 @@ class Cell:
                 for gate, (x, h) in zip(self.gates, parts, strict=True)
             ]
             slots = [slot for part in both for slot in part]
-        new: tuple[Tensor, ...] = self.call(
-            slots, states, () if vectors is None else vectors.unbind()
-        )
-        return new
+        own = () if vectors is None else vectors.unbind()
+        if heads == 1 or not self.mixes_units:
+            return self.call(slots, states, own)
+        parts = [[t.chunk(heads, -1) for t in given] for given in (slots, states, own)]
+        new = [self.call(*[[t[head] for t in given] for given in parts]) for head in range(heads)]
+        return tuple([torch.cat(state, -1) for state in zip(*new, strict=True)])
 
     @cached_property
     def _kernels(self) -> KernelCell | str:

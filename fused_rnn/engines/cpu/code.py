@@ -12,6 +12,8 @@ from itertools import permutations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fused_rnn.derive.derivation import Derivation, derivation
 from fused_rnn.derive.source import load
@@ -60,9 +62,13 @@ class Code:
     hidden: Callable[..., Any]
 
 
+def code_of(cell: Cell, heads: int = 1) -> Code:
+    """The functions of a cell whose sweeps can be derived, made once."""
+    return _code_of(cell, heads if derivation(cell).mixes_units else 1)
+
+
 @cache
-def code_of(cell: Cell) -> Code:
-    """The functions of a cell whose step is pointwise, made once."""
+def _code_of(cell: Cell, heads: int) -> Code:
     d = derivation(cell)
     order = _order(cell, d)
     parts = Parts(d, order)
@@ -75,7 +81,7 @@ def code_of(cell: Cell) -> Code:
             texts.hidden_text(parts),
         ]
     )
-    made = load(f"{cell.name} on a CPU", text, {"torch": torch})
+    made = load(f"{cell.name} on a CPU", text, {"torch": torch, **_layer_norms(heads)})
     gate_of = [g for g, gate in enumerate(cell.gates) for _ in range(1 + (gate in cell.apart))]
     names = [cell.slots[i] for i in order]
     apart = {g + part for g in cell.apart for part in ("_x", "_h")}
@@ -110,3 +116,30 @@ def _order(cell: Cell, d: Derivation) -> tuple[int, ...]:
         return len(parts.activations) + len(parts.products)
 
     return min([(*first, *some, *last) for some in permutations(shared)], key=calls)
+
+
+def _layer_norms(heads: int) -> dict[str, Callable[..., Tensor]]:
+    """What is computed of all units of a head, of tensors [n, H] in which heads lie side by side."""
+
+    backward = torch.ops.aten.native_layer_norm_backward
+
+    def layer_norm(x: Tensor, eps: float) -> Tensor:
+        """(x - mean) rstd."""
+        parts = x.unflatten(-1, (heads, -1))
+        return F.layer_norm(parts, parts.shape[-1:], eps=eps).flatten(-2)
+
+    def layer_rstd(x: Tensor, eps: float) -> Tensor:
+        """1 / sqrt(variance + eps)."""
+        parts = x.unflatten(-1, (heads, -1))
+        variance = parts.var(-1, correction=0, keepdim=True)
+        return torch.rsqrt(variance + eps).expand_as(parts).flatten(-2)
+
+    def layer_center(d: Tensor, y: Tensor) -> Tensor:
+        """The gradient of x over rstd, of the gradient d of y = (x - mean) rstd: as if rstd were 1."""
+        dy = d.unflatten(-1, (heads, -1))
+        parts = y.expand_as(d).unflatten(-1, (heads, -1))  # y of parameters is [H]
+        mean = dy.new_zeros(*dy.shape[:-1], 1)
+        rest = (parts.shape[-1:], mean, torch.ones_like(mean), None, None, [True, False, False])
+        return backward(dy, parts, *rest)[0].flatten(-2)
+
+    return {f.__name__: f for f in (layer_norm, layer_rstd, layer_center)}

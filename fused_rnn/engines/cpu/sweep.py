@@ -63,7 +63,7 @@ class Sweep:
     ) -> None:
         self.spec, self.layout, self.reverse = spec, spec.layout, reverse
         self.x, self.h0, self.c0, self.w, self.out = x, h0, c0, w, out
-        self.H, self.code = spec.hidden_size, code_of(spec.cell)
+        self.H, self.code = spec.hidden_size, code_of(spec.cell, spec.heads)
         self.weights = SlotWeights(spec, self.code, w)
         self.own = [] if w.vectors is None else list(w.vectors.unbind())
         self.one = x.new_ones(())
@@ -74,7 +74,7 @@ class Sweep:
     @staticmethod
     def saved_shapes(spec: LayerSpec, N: int) -> tuple[tuple[int, int] | None, ...]:
         """Of what ``forward`` saves of ``N`` rows, the gates and c; None for what it does not."""
-        code, H, K = code_of(spec.cell), spec.hidden_size, len(spec.cell.states) - 1
+        code, H, K = code_of(spec.cell, spec.heads), spec.hidden_size, len(spec.cell.states) - 1
         gates = (N, code.slots * H) if code.keeps_slots and not spec.recompute else None
         return gates, (N, K * H) if K else None
 

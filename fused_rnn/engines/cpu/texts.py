@@ -26,9 +26,8 @@ class Parts:
         self.state_forms = results[n : n + len(d.states)]
         self.own_forms = results[n + len(d.states) :]
         self.activations = list(self._activations())
-        uses = Counter(
-            f for form in (*[form for _, form in d.adjoint.sums], *results) for f in form.values()
-        )
+        uses = Counter(f for form in d.adjoint.forms for f in form.values())
+        uses.update(d.adjoint.normalised)
         # Slots whose gradient is one product: the buffer holds the factor until it is multiplied.
         narrow = self.writer({}).is_narrow
         self.scaled = [
@@ -235,9 +234,11 @@ def adjoint_text(parts: Parts) -> str:
         *_unpack(own, "own_grads"),
     ]
     aliases: dict[str, str] = {}  # of sums that take the place of a gradient
-    for name, form in parts.d.adjoint.sums:
+    for name, form, y in parts.d.adjoint.sums:
         place = next((s for s in states[1:] if _only_in(parts, s, form)), None)
-        if place is None:
+        if y is not None:
+            lines.append(f"{name} = layer_center({_sum(form, at)}, {at[y]})")
+        elif place is None:
             lines.append(_assign(name, form, at))
         else:
             rest = {base: factor for base, factor in form.items() if base != place}
@@ -268,8 +269,7 @@ def adjoint_text(parts: Parts) -> str:
 
 def _only_in(parts: Parts, gradient: str, form: Form) -> bool:
     """Whether a gradient is a term of ``form`` as it is, and of no other."""
-    forms = [f for _, f in parts.d.adjoint.sums] + parts.d.adjoint.results
-    users = [f for f in forms if gradient in f]
+    users = [f for f in parts.d.adjoint.forms if gradient in f]
     return len(users) == 1 and users[0] is form and form[gradient].value == 1
 
 
@@ -284,6 +284,13 @@ def hidden_text(parts: Parts) -> str:
 
 def _assign(name: str, form: Form, at: dict[Expression, str], inside: bool = False) -> str:
     """The line that makes ``name`` of a form, as a new tensor or ``inside`` one that is there."""
+    if not inside:
+        return f"{name} = {_sum(form, at)}"
+    return into(_sum(form, at), name) if form else f"{name}.zero_()"
+
+
+def _sum(form: Form, at: dict[Expression, str]) -> str:
+    """The text of a form."""
     terms = sorted(form.items(), key=lambda term: term[1].value != 1)  # a sum begins with it
     text = ""
     for base, factor in terms:
@@ -293,11 +300,7 @@ def _assign(name: str, form: Form, at: dict[Expression, str], inside: bool = Fal
             text = f"torch.addcmul({text}, {base}, {at[factor]})"
         else:
             text = f"torch.add({text}, {base}, alpha={number(factor.value)})"
-    if not inside:
-        return f"{name} = {text}"
-    if not form:
-        return f"{name}.zero_()"
-    return into(text, name)
+    return text
 
 
 def _add(target: str, base: str, factor: Expression, at: dict[Expression, str]) -> str:

@@ -298,4 +298,5 @@ if __name__ == "__main__":
             for several in (False, True):
                 check_options(name, arch, several)
         check_options("peephole_lstm", arch, group=False, heads=2)
+        check_options("layer_norm_lstm", arch, group=False, heads=2)
         check_wrong(arch)

@@ -28,16 +28,16 @@ class CellFunctions(NamedTuple):
         step: ``(pre, state, params, H, FAST) -> (saved, new)``. ``pre`` are its S slots before the
             activation, input and recurrent part added; ``saved`` S tiles that the reverse sweep
             reads back in their place.
-        factors: ``(saved, now, before, params, H, FAST) -> tuple``. A step's adjoint is linear in the
-            gradients; these are its coefficients, and whatever else it needs that no gradient
+        factors: ``(saved, now, before, params, H, FAST) -> tuple``. A step's adjoint is linear in
+            the gradients; these are its coefficients, and whatever else it needs that no gradient
             enters: the reverse sweep forms them while the tensor cores are busy. ``now`` are the
             states beside h after the step, ``before`` all states before it, of which h only counts
             if the cell `needs_h`.
-        adjoint: ``(k, grads, none, H) -> (slots, direct, dparams)``. ``k`` are the factors, ``grads``
-            the gradients of the new states, ``none`` a tile of zeros. ``slots`` are the gradients
-            of the S slots: those that belong to a row of the recurrent weights go through the
-            product. ``direct`` is what reaches the states before without passing it (``none`` where
-            nothing does), ``dparams`` this step's gradients of the parameters.
+        adjoint: ``(k, grads, none, H) -> (slots, direct, dparams)``. ``k`` are the factors,
+            ``grads`` the gradients of the new states, ``none`` a tile of zeros. ``slots`` are the
+            gradients of the S slots: those that belong to a row of the recurrent weights go through
+            the product. ``direct`` is what reaches the states before without passing it (``none``
+            where nothing does), ``dparams`` this step's gradients of the parameters.
         others: ``(saved, before, params, H, FAST) -> tuple``: the states beside h as the step makes
             them, before zoneout takes a part back. Without it, a cell with such states has no
             kernels for zoneout.

@@ -49,6 +49,7 @@ from fused_rnn.kernels.weights import (
     multiply,
     multiply_streamed,
     prime,
+    to_tf32,
 )
 
 
@@ -190,7 +191,10 @@ def forward_kernel(
         ws = ()
         halves = multiply_streamed(w, h_at, present, u0, G, H, BLOCK_H, BLOCK_K, PRECISION)
     else:
-        hs = load_h(h_at, present, H, BLOCK_K, CHUNKS) if GROUP else (operand,)
+        if GROUP:
+            hs = load_h(h_at, present, H, BLOCK_K, CHUNKS, PRECISION)
+        else:
+            hs = (to_tf32(operand, PRECISION),)
         ws, halves = prime(w, scale, u0, hs, G, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION)
 
     row, count = step_rows(offsets, length, t, T, B)
@@ -238,7 +242,8 @@ def forward_kernel(
         if GROUP and not IN_MEMORY:
             arrive(counters, step, BLOCK_BARRIER)
         if not GROUP:
-            halves = multiply(ws, (operand,), once, G, RESIDENT, KS, MS, PRECISION)
+            rounded = to_tf32(operand, PRECISION)
+            halves = multiply(ws, (rounded,), once, G, RESIDENT, KS, MS, PRECISION)
         if not (GROUP or SAVE):
             tl.store(out_at + state_at, h, mask=stored)
         store_others(c_seq, place, ended, stored, WIDE)
@@ -257,7 +262,7 @@ def forward_kernel(
             if STREAM:
                 halves = multiply_streamed(w, h_at, present, u0, G, H, BLOCK_H, BLOCK_K, PRECISION)
             else:
-                hs = load_h(h_at, present, H, BLOCK_K, CHUNKS)
+                hs = load_h(h_at, present, H, BLOCK_K, CHUNKS, PRECISION)
                 halves = multiply(ws, hs, once, G, RESIDENT, KS, MS, PRECISION)
         acc = join_gates(halves, G, BLOCK_H, KS, MS) + from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
         pre = unpack(acc, APART)

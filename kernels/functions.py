@@ -24,8 +24,14 @@ def expm1(x):
 
 @triton.jit
 def unit_mean(x, H: tl.constexpr):
-    """The mean over the units [1, BLOCK_B]."""
+    """The mean over the units [1, BLOCK_B].
+
+    Were x a product, the compiler would fuse it with the sum's first addition, in which each of two
+    lanes adds the other one's rounded product to its own exact one: two results of one sum. The
+    minimum, which changes nothing but a NaN to the infinity, whose norm is NaN as well, is between.
+    """
     there = tl.arange(0, x.shape[0])[:, None] < H
+    x = tl.minimum(x, float("inf"))
     return tl.sum(tl.where(there, x, 0.0), 0, keep_dims=True) / H
 
 

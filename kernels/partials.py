@@ -8,7 +8,7 @@ units. What goes through the weights comes in halves, as in `weights`: (first tw
 import triton
 import triton.language as tl
 
-from fused_rnn.kernels.weights import add_slices, load_weights, product
+from fused_rnn.kernels.weights import add_slices, load_weights, product, to_tf32
 
 
 @triton.jit
@@ -18,16 +18,23 @@ def join_rows(x, y, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def operands(slots, dtype, G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+def operands(
+    slots,
+    dtype,
+    G: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Both halves of what goes through the weights; GRU has one gate in the last, of slot 3."""
-    x = slots[0].to(dtype)
+    x = to_tf32(slots[0].to(dtype), PRECISION)
     if G == 1:
         return (x,)
     else:
-        x = join_rows(x, slots[1].to(dtype), BLOCK_H, BLOCK_B)
-        y = slots[3].to(dtype)
+        x = join_rows(x, to_tf32(slots[1].to(dtype), PRECISION), BLOCK_H, BLOCK_B)
+        y = to_tf32(slots[3].to(dtype), PRECISION)
         if G == 4:
-            y = join_rows(slots[2].to(dtype), y, BLOCK_H, BLOCK_B)
+            y = join_rows(to_tf32(slots[2].to(dtype), PRECISION), y, BLOCK_H, BLOCK_B)
         return (x, y)
 
 
@@ -58,11 +65,13 @@ def multiply_transposed(tiles, xs, init, none, MS: tl.constexpr, PRECISION: tl.c
 @triton.jit
 def load_half(
     w, scale, u0, chunk, first: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, MS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, MS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A transposed tile of the half whose first gate is given."""
     GATES: tl.constexpr = 2 if first + 1 < G else 1
-    return load_weights(w, scale, u0, chunk, first, GATES, H, BLOCK_H, BLOCK_K, 1, MS, True)
+    return load_weights(
+        w, scale, u0, chunk, first, GATES, H, BLOCK_H, BLOCK_K, 1, MS, True, PRECISION
+    )
 
 
 @triton.jit
@@ -78,7 +87,7 @@ def prime_transposed(
         for j in tl.static_range(0, G, 2):
             if i + j > 0:
                 tl.debug_barrier()
-            tile = load_half(w, scale, u0, i, j, G, H, BLOCK_H, BLOCK_K, MS)
+            tile = load_half(w, scale, u0, i, j, G, H, BLOCK_H, BLOCK_K, MS, PRECISION)
             init = through_weights(tile, xs[j // 2], init, MS, PRECISION)
             tiles = tiles + (tile,)
         if i < REGISTERS:
@@ -87,17 +96,20 @@ def prime_transposed(
         tl.debug_barrier()
         tiles = ()
         for j in tl.static_range(0, G, 2):
-            tile = load_half(w, None, u0, i, j, G, H, BLOCK_H, BLOCK_K, MS)
+            tile = load_half(w, None, u0, i, j, G, H, BLOCK_H, BLOCK_K, MS, PRECISION)
             tiles = tiles + (tile,)
         ws = ws + (tiles,)
     return ws, init
 
 
 @triton.jit
-def multiply_chunk(tiles, xs, part, MS: tl.constexpr, PRECISION: tl.constexpr):
-    """W^T x + part of the units of one chunk."""
+def multiply_chunk(
+    tiles, xs, part, MS: tl.constexpr, PRECISION: tl.constexpr, RESIDENT: tl.constexpr
+):
+    """W^T x + part of the units of one chunk; tiles that are RESIDENT in registers are rounded."""
     for j in tl.static_range(len(xs)):
-        part = through_weights(tiles[j], xs[j], part, MS, PRECISION)
+        tile = tiles[j] if RESIDENT else to_tf32(tiles[j], PRECISION)
+        part = through_weights(tile, xs[j], part, MS, PRECISION)
     return part
 
 
@@ -131,17 +143,17 @@ def send_partials(
         for i in tl.range(0, CHUNKS, num_stages=3):
             part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
             for j in tl.static_range(0, G, 2):
-                tile = load_half(w, None, u0, i, j, G, H, BLOCK_H, BLOCK_K, 1)
-                part = through_weights(tile, xs[j // 2], part, 1, PRECISION)
+                tile = load_half(w, None, u0, i, j, G, H, BLOCK_H, BLOCK_K, 1, PRECISION)
+                part = through_weights(to_tf32(tile, PRECISION), xs[j // 2], part, 1, PRECISION)
             store_partial(part, partials, i, program, PROGRAMS, BLOCK_H, BLOCK_K, BLOCK_B)
     else:
         for i in tl.static_range(CHUNKS):
             part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
             if i < REGISTERS:
-                part = multiply_chunk(ws[i], xs, part, MS, PRECISION)
+                part = multiply_chunk(ws[i], xs, part, MS, PRECISION, True)
             else:
                 for _ in range(once):
-                    part = multiply_chunk(ws[i], xs, part, MS, PRECISION)
+                    part = multiply_chunk(ws[i], xs, part, MS, PRECISION, False)
             store_partial(part, partials, i, program, PROGRAMS, BLOCK_H, BLOCK_K, BLOCK_B)
 
 

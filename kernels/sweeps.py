@@ -126,7 +126,7 @@ def prepare_forward(
         "counters": None,
     }
     numbers = {"zoneout": sweep.options.zoneout, "scale": 1.0} | sweep.numbers()
-    variant = forward_variant(sweep, H, save, _target(sweep.plan, out, target))
+    variant = forward_variant(sweep, H, save, _target(sweep, out, target))
     return Launch(variant, sweep.plan, D, out.device, tensors, numbers), result
 
 
@@ -206,7 +206,7 @@ def prepare_reverse(
         "partials": _partials(plan, sweep.layout.B, D, out),
     }
     own = {"zoneout": options.zoneout, "clip": options.clip, "scale": 1.0, "zero": 0}
-    variant = reverse_variant(sweep, H, _target(plan, out, target))
+    variant = reverse_variant(sweep, H, _target(sweep, out, target))
     return Launch(variant, plan, D, out.device, tensors, own | sweep.numbers()), result
 
 
@@ -245,8 +245,12 @@ def _partials(plan: Plan, B: int, D: int, like: Tensor) -> Tensor | None:
     return torch.empty(groups * size, dtype=torch.float32, device=like.device)
 
 
-def _target(plan: Plan, like: Tensor, target: GPUTarget | None) -> GPUTarget | None:
-    """What a group is compiled for, on which its barrier depends; None for a single program."""
-    if plan.programs == 1:
+def _target(sweep: Sweep, like: Tensor, target: GPUTarget | None) -> GPUTarget | None:
+    """What is compiled for, where more than Triton depends on it; else None.
+
+    A group's barrier does, and the rounding to TF32.
+    """
+    tf32 = like.dtype == torch.float32 and sweep.precision == "tf32"
+    if sweep.plan.programs == 1 and not tf32:
         return None
     return target or compile_target(like.device)

@@ -10,12 +10,13 @@ from fused_rnn.kernels.forward import forward_kernel
 from fused_rnn.kernels.group import launch_options, sweep_constants
 from fused_rnn.kernels.launch import Variant
 from fused_rnn.kernels.sweep import Sweep
+from fused_rnn.kernels.weights import ROUNDED
 
 VARIANTS: dict[Any, tuple[CellFunctions, Variant]] = {}
 
 
 def forward_variant(sweep: Sweep, H: int, save: bool, target: GPUTarget | None) -> Variant:
-    """The forward sweep with H hidden units of a head, for a group on a target."""
+    """The forward sweep with H hidden units of a head, for a target where it depends on that."""
     cell, _, reverse, precision, plan, *_ = sweep
     key = (plan, cell, len(reverse), sweep.heads, H, save, precision, target)
     functions, known = cell.functions(), VARIANTS.get(key)
@@ -28,7 +29,7 @@ def forward_variant(sweep: Sweep, H: int, save: bool, target: GPUTarget | None) 
         "SAVE": save,
         "KS": plan.k_split,
         "MS": plan.m_split,
-        "PRECISION": precision,
+        "PRECISION": _precision(sweep, target),
     }
     variant = Variant(forward_kernel, constants, launch_options(plan))
     VARIANTS[key] = functions, variant
@@ -36,7 +37,7 @@ def forward_variant(sweep: Sweep, H: int, save: bool, target: GPUTarget | None) 
 
 
 def reverse_variant(sweep: Sweep, H: int, target: GPUTarget | None) -> Variant:
-    """The reverse sweep with H hidden units of a head, for a group on a target."""
+    """The reverse sweep with H hidden units of a head, for a target where it depends on that."""
     cell, _, reverse, precision, plan, *_ = sweep
     key = (plan, cell, len(reverse), sweep.heads, H, precision, target)
     functions, known = cell.functions(), VARIANTS.get(key)
@@ -53,11 +54,17 @@ def reverse_variant(sweep: Sweep, H: int, target: GPUTarget | None) -> Variant:
         "H": H,
         "MS": plan.k_split * plan.m_split,
         "TOGETHER": max(1, min(8, together)),
-        "PRECISION": precision,
+        "PRECISION": _precision(sweep, target),
     }
     variant = Variant(backward_kernel, constants, launch_options(plan))
     VARIANTS[key] = functions, variant
     return variant
+
+
+def _precision(sweep: Sweep, target: GPUTarget | None) -> str:
+    """That of products; where the tensor cores are NVIDIA's, operands are rounded to TF32 first."""
+    nvidia = target is not None and target.backend == "cuda"
+    return ROUNDED.value if nvidia and sweep.precision == "tf32" else sweep.precision
 
 
 def _of_cell(sweep: Sweep) -> dict[str, Any]:

@@ -10,6 +10,21 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+ROUNDED = tl.constexpr("rounded tf32")  # a precision: TF32 on NVIDIA's tensor cores
+
+
+@triton.jit
+def to_tf32(x, PRECISION: tl.constexpr):
+    """The fp32 operand of a product, rounded to TF32.
+
+    Tensor cores cut it off there, which makes every number smaller: errors that add up over the
+    steps to about three times those of rounding.
+    """
+    if PRECISION == ROUNDED and x.dtype == tl.float32:
+        x = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
+        ).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -26,6 +41,7 @@ def load_weights(
     KS: tl.constexpr,
     MS: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A left operand: a tile of gates FIRST .. FIRST + GATES - 1 of w [G * H, H], in torch's order.
 
@@ -39,7 +55,7 @@ def load_weights(
 
     scale is 1.0 at run time. Behind it the tile is no longer the result of a load, and the compiler
     keeps the registers across the time loop instead of reading shared memory in every step. None
-    for a tile that is to stay in shared memory, or passes through it.
+    for a tile that is to stay in shared memory, or passes through it; that one is not rounded yet.
     """
     UNITS: tl.constexpr = BLOCK_H // MS
     ROWS: tl.constexpr = BLOCK_K // MS if TRANSPOSE else GATES * UNITS
@@ -66,7 +82,7 @@ def load_weights(
     if KS * MS > 1:
         tile = tl.permute(tile, (1, 0, 2))
     if scale is not None:
-        tile = (tile.to(tl.float32) * scale).to(w.dtype.element_ty)
+        tile = to_tf32((tile.to(tl.float32) * scale).to(w.dtype.element_ty), PRECISION)
     return tile
 
 
@@ -90,7 +106,7 @@ def product(w, x, init, KS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.conste
             x = tl.reshape(x, (KS * MS, K, B))
         else:
             x = tl.broadcast_to(x[None, :, :], (MS, K, B))
-    return tl.dot(w, x, init, input_precision=PRECISION)
+    return tl.dot(w, x, init, input_precision="tf32" if PRECISION == ROUNDED else PRECISION)
 
 
 @triton.jit
@@ -118,7 +134,7 @@ def products(
             acc = tl.zeros((KS * MS, ROWS, B) if KS * MS > 1 else (ROWS, B), tl.float32)
         for _ in range(once):
             for i in tl.static_range(REGISTERS, len(ws)):
-                acc = product(ws[i], xs[i], acc, KS, MS, PRECISION)
+                acc = product(to_tf32(ws[i], PRECISION), xs[i], acc, KS, MS, PRECISION)
     return acc
 
 
@@ -149,14 +165,18 @@ def first_products(
     for i in tl.static_range(len(xs)):
         if i * BLOCK_K < H:
             tl.debug_barrier()
-            tile = load_weights(w, scale, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False)
+            tile = load_weights(
+                w, scale, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False, PRECISION
+            )
             acc = product(tile, xs[i], acc, KS, MS, PRECISION)
             if i < REGISTERS:
                 ws = ws + (tile,)
     for i in tl.static_range(REGISTERS, len(xs)):
         if i * BLOCK_K < H:
             tl.debug_barrier()
-            tile = load_weights(w, None, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False)
+            tile = load_weights(
+                w, None, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False, PRECISION
+            )
             ws = ws + (tile,)
     return ws, acc
 
@@ -177,15 +197,24 @@ def stream_product(
     """The product with all of h, at a row of each sequence; the weights are read on the way."""
     acc = tl.zeros((GATES * BLOCK_H, running.shape[1]), tl.float32)
     for i in tl.range(0, (H + BLOCK_K - 1) // BLOCK_K, num_stages=3):
-        tile = load_weights(w, None, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, 1, 1, False)
+        tile = load_weights(
+            w, None, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, 1, 1, False, PRECISION
+        )
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
         x = tl.load(at + k, mask=(k < H) & running, other=0.0, cache_modifier=".cg")
-        acc = product(tile, x, acc, 1, 1, PRECISION)
+        acc = product(to_tf32(tile, PRECISION), to_tf32(x, PRECISION), acc, 1, 1, PRECISION)
     return acc
 
 
 @triton.jit
-def load_h(at, running, H: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr):
+def load_h(
+    at,
+    running,
+    H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """H of all units from a row of each sequence, in chunks [BLOCK_K, BLOCK_B].
 
     One load that is then cut: its latency counts once, and it crosses shared memory once.
@@ -193,6 +222,7 @@ def load_h(at, running, H: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.const
     C: tl.constexpr = 1 if CHUNKS == 1 else (2 if CHUNKS == 2 else (4 if CHUNKS <= 4 else 8))
     k = tl.arange(0, C * BLOCK_K)[:, None]
     x = tl.load(at + k, mask=(k < H) & running, other=0.0, cache_modifier=".cg")
+    x = to_tf32(x, PRECISION)
     B: tl.constexpr = x.shape[1]
     if C == 1:
         chunks = (x,)

@@ -16,7 +16,7 @@ CELLS = {c.name: c for c in (cells.RNN_TANH, cells.RNN_RELU, cells.GRU, cells.LS
 # Largest error over the largest value of the reference. 16-bit: h is rounded once per step, the
 # gates and their gradients once each.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-TF32_TOLERANCE = 3e-3  # products with as many bits as fp16 has
+TF32_TOLERANCE = 1.5e-3  # operands are rounded to as many bits as fp16 has, states are not
 LENGTHS = {
     1: [2],
     3: [7, 7, 2],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_rnn import FusedRecurrent, cell, cells, explain, show, surrogate
+from fused_rnn import FusedRecurrent, cell, explain, show, surrogate
 from fused_rnn.cells.builtin import CELLS, GRU, LSTM
 from fused_rnn.derive.derivation import derivation
 from fused_rnn.derive.kernels import source
@@ -345,56 +345,6 @@ def test_a_cell_is_made_of_a_function() -> None:
         cell(gates="a", states="h")(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"cell should be made by fused_rnn\.cell, got function"):
         FusedRecurrent(mean, 3, 4)  # type: ignore[arg-type]
-
-
-# ---- layer norm ---------------------------------------------------------------------------------
-
-
-@cell(gates="ab", states="hc", parameters=("gain", "shift"))
-def normed(gates: Any, state: Any, p: Any) -> tuple[Tensor, Tensor]:
-    """A layer norm of a sum, of a state and of a parameter, with and without gain and shift."""
-    units = gates.a.shape[-1:]
-    c = 0.5 * state.c + F.layer_norm(gates.a + state.h, units, p.gain, p.shift, eps=0.01)
-    h = torch.tanh(F.layer_norm(c, units, bias=p.shift)) * F.layer_norm(gates.b, units)
-    return h + F.layer_norm(p.gain, units), c
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"heads": 2}, {"heads": 3, "bidirectional": True}, {"recompute": True}], ids=str
-)
-def test_layer_norm(options: dict[str, Any]) -> None:
-    assert_equal(normed, **options)
-
-
-def test_layer_norm_is_two_means() -> None:
-    """Of the adjoint, one function of all units for each norm that a gradient passes."""
-    text = show(normed)
-    adjoint = text.partition("def normed_adjoint")[2].partition("@triton.jit")[0]
-    assert adjoint.count("layer_center(") == 4
-    assert "layer_norm" not in adjoint
-    assert derivation(normed).mixes_units
-    assert not derivation(peephole).mixes_units
-
-
-def test_a_layer_norm_of_numbers_is_zero() -> None:
-    @cell(gates="a", states="h")
-    def still(gates: Any, state: Any) -> Tensor:
-        ones = torch.ones_like(gates.a)
-        return gates.a - state.h / 2 + F.layer_norm(ones, ones.shape[-1:])
-
-    assert not derivation(still).mixes_units
-    assert_equal(still)
-
-
-def test_layer_norm_is_for_one_program() -> None:
-    """All units of a head in it: heads fit where one of their width does not."""
-    for heads, backend in ((4, "triton"), (1, "eager")):
-        layer = FusedRecurrent(cells.layer_norm_lstm, 8, 256, heads=heads, dtype=torch.bfloat16)
-        (told,) = explain(layer, torch.randn(4, 2, 8, dtype=torch.bfloat16), 90)
-        assert told.backend == backend
-    assert (
-        "its step takes all units of a head together, in one program" in told.reason
-    ), told.reason
 
 
 # ---- what is not pointwise all the same ---------------------------------------------------------

@@ -241,3 +241,30 @@ def test_turns(target, cell, tmp_path):
     assert len(rows) == 2
     for row in rows:
         check(row)
+
+
+ROUNDED = """
+from bench.static_compile import compile_sweep
+from fused_rnn.cells.builtin import CELLS
+from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.plan import PlanRequest
+from fused_rnn.kernels.planner import make_plan
+import torch
+for cell, H, target in (("lstm", 40, 90), ("gru", 256, 80), ("rnn_tanh", 40, "gfx942")):
+    limits = LIMITS[target]
+    for dtype, kind in (("tf32", torch.float32), ("bf16", torch.bfloat16)):
+        plan = make_plan(PlanRequest(CELLS[cell].kernels, H, kind, 8, 1), limits)
+        for kernel in ("forward", "reverse"):
+            asm = compile_sweep(kernel, cell, H, dtype, limits, plan).asm
+            text = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
+            print(target, dtype, kernel, "cvt.rna.tf32.f32" in text)
+"""
+
+
+def test_operands_are_rounded_to_tf32():
+    """Tensor cores of NVIDIA's would cut them off."""
+    lines = python("-c", ROUNDED).splitlines()
+    assert len(lines) == 12
+    for line in lines:
+        target, dtype, _, rounds = line.split()
+        assert (rounds == "True") is (dtype == "tf32" and target != "gfx942"), line

@@ -307,9 +307,7 @@ def _is_vector(x: Expression) -> bool:
     return all(str(leaf).startswith("own_") for leaf in leaves)
 
 
-def _layer_norm_backward(
-    make: Expressions, args: list[Operand]
-) -> tuple[Expression | None, ...]:
+def _layer_norm_backward(make: Expressions, args: list[Operand]) -> tuple[Expression | None, ...]:
     """Of (dy, x, normalized_shape, mean, rstd, weight, bias, mask): dx, dweight and dbias."""
     dy, _, _, _, rstd, weight, _, mask = args
     d, scale = dy.expression, rstd.expression

@@ -104,7 +104,7 @@ OPERATIONS = {
     "and": Operation(lambda a, b: a and b, "{0} & {1}", "{0} & {1}", condition=True),
     "or": Operation(lambda a, b: a or b, "{0} | {1}", "{0} | {1}", condition=True),
     "not": Operation(lambda a: not a, "{0} == 0", "~{0}", condition=True),
-    # y = (x - mean) rstd, with rstd = 1 / sqrt(variance + eps); and d - mean(d) - y mean(d y), which
+    # y = (x - mean) rstd, with rstd = 1 / sqrt(variance + eps); and d - mean(d) - y mean(d y), that
     # is dx / rstd for the gradient d of y. A constant is its own mean.
     "layer_norm": Operation(lambda x, eps: 0.0, "layer_norm({0}, {1}, H)", "layer_norm({0}, {1})"),
     "layer_rstd": Operation(

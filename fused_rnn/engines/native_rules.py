@@ -102,8 +102,9 @@ def may_suit_gpu(cell: Cell, dtype: torch.dtype) -> bool:
 def suits_gpu(request: PlanRequest, plan: Plan, layout: BatchLayout, train: bool) -> str | None:
     """Why cuDNN is the faster one; None where our kernels are.
 
-    Measured on an H200 with PyTorch 2.11 and cuDNN 9.19, see docs/speed.md. Where nothing was
-    measured (packed batches, two directions, GRU and RNN in fp16), our kernels run.
+    Measured on two H200 with PyTorch 2.11 and cuDNN 9.19, see docs/speed.md. Where it was not
+    found to be faster (packed batches, two directions, GRU), or nothing was measured (RNN in
+    fp16), our kernels run.
 
     Args:
         request: the layer.

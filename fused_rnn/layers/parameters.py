@@ -125,14 +125,13 @@ class RecurrentModule(nn.Module):
         self.heads = heads
         self._name_parameters()
 
-        for name, size in zip(self._sizes.names, self._sizes.sizes, strict=True):
-            parameter = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-            self.register_parameter(name, parameter)
+        shapes: list[tuple[str, tuple[int, ...]]] = [*zip(*self._sizes[:2], strict=True)]
         if learn_h0:
-            for name, width in zip(self._initial_names, self._sizes.widths, strict=True):
-                shape = (num_layers * self._directions, width)
-                parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-                self.register_parameter(name, parameter)
+            rows, widths = self._sizes.states, self._sizes.widths
+            shapes += [(n, (rows, w)) for n, w in zip(self._initial_names, widths, strict=True)]
+        for name, shape in shapes:
+            parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
         self.reset_parameters()
         self.flatten_parameters()
 
@@ -270,9 +269,7 @@ class RecurrentModule(nn.Module):
 
     def flat_memory(self, weights: list[Tensor]) -> Tensor | None:
         """The piece of memory that holds ``weights``, if they are where it has them."""
-        if self._flat_memory is None:
-            return None
-        memory, places = self._flat_memory
+        memory, places = self._flat_memory or (None, [])
         return memory if [p.data_ptr() for p in weights] == places else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

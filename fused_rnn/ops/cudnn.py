@@ -49,9 +49,7 @@ class Stack(NamedTuple):
         return *how, self.batch_first, 0.0, train, self.bidirectional, sizes if self.packed else []
 
 
-def flatten(
-    stack: Stack, input_size: int, weights: list[Any]
-) -> tuple[Tensor, list[int]] | None:
+def flatten(stack: Stack, input_size: int, weights: list[Any]) -> tuple[Tensor, list[int]] | None:
     """Move the weights into one piece of memory, in cuDNN's order.
 
     Returns:

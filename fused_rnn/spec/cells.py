@@ -149,8 +149,8 @@ class Cell:
         own = () if vectors is None else vectors.unbind()
         if heads == 1 or not self.mixes_units:
             return self.call(slots, states, own)
-        parts = [[t.chunk(heads, -1) for t in given] for given in (slots, states, own)]
-        new = [self.call(*[[t[head] for t in given] for given in parts]) for head in range(heads)]
+        by_part = [[t.chunk(heads, -1) for t in given] for given in (slots, states, own)]
+        new = [self.call(*[[t[head] for t in given] for given in by_part]) for head in range(heads)]
         return tuple([torch.cat(state, -1) for state in zip(*new, strict=True)])
 
     @cached_property

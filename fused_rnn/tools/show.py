@@ -26,7 +26,7 @@ def show(cell: Cell) -> str:
         ... def leaky(gates, state):
         ...     return 0.9 * state.h + 0.1 * torch.tanh(gates.a)
         >>> print(show(leaky).partition("@triton.jit")[2].partition("return")[0].strip())
-        def leaky_step(pre, state, params, FAST: tl.constexpr):
+        def leaky_step(pre, state, params, H: tl.constexpr, FAST: tl.constexpr):
             gate_a = pre[0]
             state_h = state[0]
             v0 = tanh(gate_a, FAST)

@@ -119,8 +119,7 @@ def _order(cell: Cell, d: Derivation) -> tuple[int, ...]:
 
 
 def _layer_norms(heads: int) -> dict[str, Callable[..., Tensor]]:
-    """What is computed of all units of a head, of tensors [n, H] in which heads lie side by side."""
-
+    """What is computed of all units of a head, in tensors [n, H] of heads side by side."""
     backward = torch.ops.aten.native_layer_norm_backward
 
     def layer_norm(x: Tensor, eps: float) -> Tensor:
@@ -135,11 +134,12 @@ def _layer_norms(heads: int) -> dict[str, Callable[..., Tensor]]:
         return torch.rsqrt(variance + eps).expand_as(parts).flatten(-2)
 
     def layer_center(d: Tensor, y: Tensor) -> Tensor:
-        """The gradient of x over rstd, of the gradient d of y = (x - mean) rstd: as if rstd were 1."""
+        """The gradient of x over rstd, of the gradient d of y: PyTorch's own, were rstd 1."""
         dy = d.unflatten(-1, (heads, -1))
         parts = y.expand_as(d).unflatten(-1, (heads, -1))  # y of parameters is [H]
         mean = dy.new_zeros(*dy.shape[:-1], 1)
         rest = (parts.shape[-1:], mean, torch.ones_like(mean), None, None, [True, False, False])
-        return backward(dy, parts, *rest)[0].flatten(-2)
+        centered: Tensor = backward(dy, parts, *rest)[0]
+        return centered.flatten(-2)
 
     return {f.__name__: f for f in (layer_norm, layer_rstd, layer_center)}

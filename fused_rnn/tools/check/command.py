@@ -24,9 +24,10 @@ streamed), without one the CPU's engines, and the kernels in Triton's interprete
 
 A row is green if the outputs and all gradients have errors of at most twice torch.nn's own in the
 same type, plus 1e-5 (fp64: 1e-11) and one rounding of the result's size, both against torch.nn in
-fp64 on the same device; and if 20 runs more (in the interpreter 3) give the same bits. Only then
-its time is taken, in microseconds per time step, beside torch.nn's. A row that hangs or crashes is
-red, and the others go on. CUDA_VISIBLE_DEVICES chooses the GPU.
+fp64 on the same device (in TF32, which cuDNN may do without, or twice those of a loop of TF32
+products if they are larger); and if 20 runs more (in the interpreter 3) give the same bits. Only
+then its time is taken, in microseconds per time step, beside torch.nn's. A row that hangs or
+crashes is red, and the others go on. CUDA_VISIBLE_DEVICES chooses the GPU.
 
 The exit status is 1 if anything is red, else 0.
 """

@@ -3,12 +3,14 @@
 import copy
 import pickle
 import warnings
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_same, every_layer, packer, run, sequences, states, twins
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
 from fused_rnn.layers import whole_stack
@@ -36,49 +38,57 @@ def by_pytorch(
     return LAYER[mode](x, state, *rest, batch_first)
 
 
+MEMORY = torch.zeros(1)
+
+
 class Pretended:
-    """Both of its functions. ``calls`` are the names of those that were called."""
+    """It, as autograd records it: x, the weights, hx and cx are the inputs, in this order.
+
+    ``calls`` are the names of the passes that were made.
+    """
 
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def forward(
+    def __call__(
         self, x: Tensor, weights: Any, each: int, flat: Any, hx: Tensor, cx: Any, *how: Any
     ) -> tuple[Tensor, ...]:
-        assert flat is None  # on a CPU nothing is in one piece
+        assert flat is MEMORY
         assert all(t.is_contiguous() for t in (hx, *weights))
-        self.calls.append("forward")
-        out, h_n, *c_n = by_pytorch(x, weights, each, hx, cx, how[:-1])
-        return out, h_n, c_n[0] if c_n else h_n.new_empty(0), x.new_ones(1), x.new_ones(2)
+        *settings, dropout_state = how
+        assert dropout_state is None
+        calls, arguments = self.calls, tuple(settings)
 
-    def backward(
-        self,
-        x: Tensor,
-        weights: Any,
-        each: int,
-        flat: Tensor,
-        hx: Tensor,
-        cx: Any,
-        out: Tensor,
-        *rest: Any,
-    ) -> tuple[Any, ...]:
-        *grads, how = rest[0], rest[1], rest[2], rest[3:12]
-        _, reserve, mask = rest[12:]
-        assert how[6]  # training: cuDNN has no backward of inference
-        assert torch.equal(reserve, torch.ones_like(reserve))
-        reserve.zero_()  # as cuDNN may write into it
-        self.calls.append("backward")
-        with torch.enable_grad():
-            given = [x, hx, cx, *weights]
-            leaves = [None if t is None else t.detach().requires_grad_() for t in given]
-            outs = by_pytorch(leaves[0], leaves[3:], each, leaves[1], leaves[2], how)
-        pairs = [(o, g) for o, g in zip(outs, grads, strict=False) if g is not None]
-        wanted = [t for t in leaves if t is not None]
-        outputs, gradients = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
-        dx, dh, dc, *dw = [None if t is None else next(found) for t in leaves]
-        singles = [d if m else None for d, m in zip((dx, dh, dc), mask, strict=False)]
-        return *singles, dw if mask[3] else []
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+                calls.append("forward")
+                ctx.save_for_backward(*inputs)
+                ctx.set_materialize_grads(False)
+                x, *weights, hx, cx = inputs
+                out, h_n, *c_n = by_pytorch(x, weights, each, hx, cx, arguments)
+                return out, h_n, c_n[0] if c_n else h_n.new_empty(0)
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+                assert arguments[6]  # training: cuDNN has no backward of inference
+                calls.append("backward")
+                inputs = ctx.saved_tensors
+                with torch.enable_grad():
+                    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+                    x, *weights, hx, cx = leaves
+                    outs = by_pytorch(x, weights, each, hx, cx, arguments)
+                pairs = [(o, g) for o, g in zip(outs, grads, strict=False) if g is not None]
+                outputs, gradients = zip(*pairs, strict=True)
+                wanted = [t for t in leaves if t is not None]
+                found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+                made = [None if t is None else next(found) for t in leaves]
+                needs = ctx.needs_input_grad  # cuDNN makes those of all weights, or of none
+                needs = needs[0], *[any(needs[1:-2])] * (len(needs) - 3), *needs[-2:]
+                return tuple([g if need else None for g, need in zip(made, needs, strict=True)])
+
+        return (*Function.apply(x, *weights, hx, cx), x.new_ones(1), x.new_ones(2))
 
 
 @pytest.fixture
@@ -87,8 +97,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     made, original = Pretended(), whole_stack._suits_cudnn
     assert not original(nn.LSTM(3, 5), torch.randn(4, 2, 3))  # type: ignore[arg-type]
     monkeypatch.setattr(whole_stack, "_suits_cudnn", lambda module, x: True)
-    monkeypatch.setattr(torch, "_cudnn_rnn", made.forward)
-    monkeypatch.setattr(torch.ops.aten, "_cudnn_rnn_backward", made.backward)
+    monkeypatch.setattr(torch, "_cudnn_rnn", made)
+    monkeypatch.setattr(whole_stack.native, "in_one_piece", lambda weights, *how: MEMORY)
     return made
 
 
@@ -145,8 +155,8 @@ def test_second_derivatives(kind: str, shape: str, packed: bool, pretended: Pret
         found.append(torch.autograd.grad(penalty, [*inputs, *weights]))  # type: ignore[arg-type]
     for ours, theirs in zip(*reversed(found), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    # The first derivatives by the loop; then out itself by cuDNN, on whose value they depend.
-    assert pretended.calls == ["forward", "backward"]
+    # The first derivatives by the loop, after its own; then its own of out, on which they depend.
+    assert pretended.calls == ["forward", "backward", "backward"]
 
 
 def test_what_needs_no_gradient(pretended: Pretended) -> None:
@@ -164,13 +174,43 @@ def test_what_needs_no_gradient(pretended: Pretended) -> None:
     assert pretended.calls == ["forward", "backward"] * 2
 
 
-def test_backward_twice(pretended: Pretended) -> None:
-    """What cuDNN has kept is written into by its backward."""
+def test_second_derivatives_of_what_is_frozen(pretended: Pretended) -> None:
+    """Of x alone, after a first pass that kept the graph."""
     _, fused = pair("gru")
-    loss = fused(torch.randn(5, 4, 3, dtype=torch.float64))[0].sum()
-    first = torch.autograd.grad(loss, fused.weight_hh_l0, retain_graph=True)
-    second = torch.autograd.grad(loss, fused.weight_hh_l0)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    fused.requires_grad_(False)
+    fused.weight_hh_l0.requires_grad_()
+    x = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
+    out = fused(x)[0]
+    out.sum().backward(retain_graph=True)
+    first, of_weight = torch.autograd.grad(out.sum(), [x, fused.weight_hh_l0], create_graph=True)
+    torch.testing.assert_close(first, x.grad)
+    torch.testing.assert_close(of_weight, fused.weight_hh_l0.grad)
+    assert torch.autograd.grad(first.square().sum(), x)[0].abs().sum() > 0
+    assert fused.weight_ih_l0.grad is None
+
+
+def test_nothing_is_kept_alive(pretended: Pretended) -> None:
+    """What autograd lets go after its pass, as an activation before the layer."""
+    _, fused = pair("lstm")
+    x = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
+    activation = x * 2
+    seen = weakref.ref(activation)
+    loss = fused(activation)[0].sum()
+    del activation
+    assert seen() is not None
+    loss.backward()
+    assert seen() is None
+
+
+def test_checkpoints_go_another_way(pretended: Pretended) -> None:
+    """They decide what is saved, and nobody else keeps it."""
+    _, fused = pair("lstm")
+    x = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(fused(x)[0].sum(), x)
+    calls = len(pretended.calls)
+    out: Any = checkpoint(lambda x: fused(x)[0], x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x), expected)
+    assert len(pretended.calls) == calls
 
 
 def test_written_into_before_backward(pretended: Pretended) -> None:
@@ -181,16 +221,6 @@ def test_written_into_before_backward(pretended: Pretended) -> None:
         fused.weight_hh_l0.mul_(2)
     with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
         loss.backward()
-
-
-def test_many_gradients_at_once(pretended: Pretended) -> None:
-    _, fused = pair("lstm")
-    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
-    out = fused(x)[0]
-    rows = torch.eye(out.numel(), dtype=torch.float64).view(-1, *out.shape)
-    (found,) = torch.autograd.grad(out, x, rows, is_grads_batched=True, retain_graph=True)
-    each = [torch.autograd.grad(out, x, row, retain_graph=True)[0] for row in rows]
-    torch.testing.assert_close(found, torch.stack(each))
 
 
 def test_unbatched_and_states_that_are_views(pretended: Pretended) -> None:
@@ -260,7 +290,7 @@ def test_as_torch_nn_on_a_gpu(kind: str, shape: str, dtype: torch.dtype) -> None
 
 @pytest.mark.gpu
 def test_a_weight_elsewhere() -> None:
-    """It is used where it is, and PyTorch tells what to do."""
+    """It is used where it is, without a warning; a copy of it is what cuDNN reads."""
     if not torch.cuda.is_available() or not fused_rnn.engines.native.cudnn():
         pytest.skip("no GPU with cuDNN")
     layer = fused_rnn.FusedLSTM(3, 6, device="cuda", backend="native")
@@ -268,8 +298,30 @@ def test_a_weight_elsewhere() -> None:
     assert in_one_piece(layer)
     layer.weight_hh_l0.data = layer.weight_hh_l0.data.clone().mul_(2)
     assert not in_one_piece(layer)
-    with pytest.warns(UserWarning, match="single contiguous chunk of memory"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         found = layer(x)[0]
+    place = layer.weight_hh_l0.data_ptr()
+    (grad,) = torch.autograd.grad(found.sum(), layer.weight_hh_l0)
+    assert layer.weight_hh_l0.data_ptr() == place
     layer.flatten_parameters()
     assert in_one_piece(layer)
     torch.testing.assert_close(layer(x)[0], found)
+    torch.testing.assert_close(torch.autograd.grad(layer(x)[0].sum(), layer.weight_hh_l0)[0], grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_second_derivatives_on_a_gpu(kind: str) -> None:
+    if not torch.cuda.is_available() or not fused_rnn.engines.native.cudnn():
+        pytest.skip("no GPU with cuDNN")
+    plain, fused = pair(kind, "both")
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    found = []
+    for layer, where in ((plain, "cpu"), (fused.cuda(), "cuda")):
+        given = x.to(where).requires_grad_()
+        wanted = [given, *layer.parameters()]
+        first = torch.autograd.grad(layer(given)[0].sin().sum(), wanted, create_graph=True)
+        penalty = sum(g.square().sum() for g in first)
+        found.append([g.cpu() for g in torch.autograd.grad(penalty, wanted)])  # type: ignore[arg-type]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)

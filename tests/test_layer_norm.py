@@ -73,3 +73,23 @@ def test_what_is_no_number_spoils_its_sequence_alone(
     assert output[1:, 0].isnan().all()
     assert output[0].isfinite().all()
     assert output[:, 1].isfinite().all()
+
+
+def norm_of_the_batch(gates: Any, state: Any) -> Tensor:
+    return F.layer_norm(gates.a, gates.a.shape)
+
+
+def norm_by_a_gate(gates: Any, state: Any) -> Tensor:
+    return F.layer_norm(state.h, state.h.shape[-1:], gates.a)
+
+
+@pytest.mark.parametrize(
+    ("step", "what"),
+    [
+        (norm_of_the_batch, r"layer_norm\(gates.a, gates.a.shape\).*should be x\.shape\[-1:\]"),
+        (norm_by_a_gate, r"the weight and bias of layer_norm are vectors \[H\]: parameters"),
+    ],
+)
+def test_other_norms_are_named_with_their_line(step: Any, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        cell(gates="a", states="h")(step)

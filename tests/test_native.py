@@ -225,6 +225,7 @@ def test_arguments_of_cudnn(
 
     monkeypatch.setattr(torch, "cudnn_is_acceptable", lambda x: True)
     monkeypatch.setattr(torch, "_cudnn_rnn", spied)
+    monkeypatch.setattr(native, "in_one_piece", lambda weights, *how: torch.empty(1, device="cuda"))
     D, sizes = 1 + bidirectional, (3, 2, 2)
     layout = BatchLayout(3, 3, sizes) if packed else BatchLayout(3, 3)
     _, kind_of, extra = LAYERS[kind]

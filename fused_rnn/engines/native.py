@@ -151,30 +151,35 @@ def _cudnn(
     projected: bool,
     train: bool,
 ) -> tuple[Tensor, ...]:
-    """The same by cuDNN, which copies the weights into a piece of memory of its own.
-
-    ``torch._VF.lstm`` would call it, too, and warn at each call that they are not in one piece.
-    """
+    """The same by cuDNN, which wants the weights in one piece of memory: copies of them."""
+    mode, H = _functions(spec).cudnn_mode, spec.hidden_size
+    each, two = len(weights) // spec.directions, spec.directions == 2
+    R = states[0].shape[-1] if projected else 0
+    how: tuple[Any, ...] = (mode, H, R, 1, False)
+    memory = in_one_piece([w.detach() for w in weights], each, x.shape[-1], *how, two)
+    c0 = states[1].contiguous() if len(states) == 2 else None
+    rest: Any = (*how, 0.0, train, two, list(sizes or ()), None)
     out, h_n, c_n, *_ = torch._cudnn_rnn(
-        x,
-        [w.contiguous() for w in weights],
-        len(weights) // spec.directions,
-        None,
-        states[0].contiguous(),
-        states[1].contiguous() if len(states) == 2 else None,
-        _functions(spec).cudnn_mode,
-        spec.hidden_size,
-        states[0].shape[-1] if projected else 0,
-        1,
-        False,
-        0.0,
-        train,
-        spec.directions == 2,
-        list(sizes or ()),
-        None,
+        x, [w.contiguous() for w in weights], each, memory, states[0].contiguous(), c0, *rest
     )
     out = out.flatten(0, 1) if sizes is None else out
     return (out, h_n, c_n) if len(states) == 2 else (out, h_n)
+
+
+def in_one_piece(weights: list[Any], each: int, input_size: int, *how: Any) -> Tensor:
+    """Let ``weights`` lie in one new piece of memory, in cuDNN's order; returns it.
+
+    Without it cuDNN would copy them, and PyTorch warn at each call. What ``detach`` returns of a
+    parameter moves alone.
+
+    Args:
+        weights: in torch.nn's order.
+        each: of one direction.
+        input_size: I.
+        *how: cuDNN's number for the cell, H, R, layers, batch_first, two directions.
+    """
+    with torch.no_grad():
+        return torch._cudnn_rnn_flatten_weight(weights, each, input_size, *how)
 
 
 # ---- a single step on a GPU ---------------------------------------------------------------------

@@ -79,7 +79,7 @@ def prepare(module: RecurrentModule, input: Any, hx: Any) -> Prepared | None:
     if states is None:
         return None
     train = torch.is_grad_enabled() and any([t.requires_grad for t in (*weights, x, *states)])
-    if train and module.recompute:
+    if train and (module.recompute or (by_cudnn and _saving_is_watched())):
         return None
     reason = _reason(module, x, dtype or kind, layout, train)
     if reason is None:
@@ -120,6 +120,11 @@ def _suits_cudnn(module: RecurrentModule, x: Tensor) -> bool:
         and torch.cudnn_is_acceptable(x)
         and 1 < max(x.shape[:-1]) <= native.MOST_STEPS
     )
+
+
+def _saving_is_watched() -> bool:
+    """Whether somebody else decides what autograd keeps, as activation checkpointing does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _stack(module: RecurrentModule, layout: BatchLayout, packed: bool) -> cudnn.Stack:

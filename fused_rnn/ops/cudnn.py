@@ -1,9 +1,11 @@
 """A whole stack of layers by cuDNN: one call of PyTorch's in each pass, as torch.nn makes it.
 
 At the sizes for which cuDNN is the faster one, what a layer spends on the host beside that call is
-most of its time. So all layers are one autograd function, which does nothing else.
+most of its time. So there is nothing beside it, not even an autograd function.
 """
 
+import weakref
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,6 @@ from torch import Tensor
 from fused_rnn.engines import native, reference
 from fused_rnn.spec.batch import BatchLayout
 from fused_rnn.spec.cells import Cell
-from fused_rnn.spec.context import forward_mode, vectorised
 from fused_rnn.spec.layer import LayerInputs, LayerSpec, Weights
 from fused_rnn.spec.precision import without_autocast
 
@@ -62,12 +63,15 @@ def flatten(stack: Stack, input_size: int, weights: list[Any]) -> tuple[Tensor, 
     alike = all([p.dtype is first.dtype and p.device == first.device for p in weights])
     if not alike or len({p.data_ptr() for p in weights}) < len(weights):
         return None
+    return in_memory(stack, input_size, weights), [p.data_ptr() for p in weights]
+
+
+def in_memory(stack: Stack, input_size: int, weights: list[Any]) -> Tensor:
+    """The piece of memory to which the weights were moved."""
     mode, H, R, layers, batch_first, _, _, two, _ = stack.arguments(False)
     each = len(weights) // (layers * (1 + two))
-    with torch.no_grad(), torch.cuda.device_of(first):
-        how = (each, input_size, mode, H, R, layers, batch_first, two)
-        memory = torch._cudnn_rnn_flatten_weight(weights, *how)
-    return memory, [p.data_ptr() for p in weights]
+    how = each, input_size, mode, H, R, layers, batch_first, two
+    return native.in_one_piece(weights, *how)
 
 
 def run(
@@ -78,108 +82,70 @@ def run(
     flat: Tensor | None,
     record: bool,
 ) -> tuple[Tensor, ...]:
-    """``out`` and the final states.
+    """``out`` and the final states; autograd records the call itself, as that of torch.nn.
 
     Args:
         stack: what is called.
         x: [T, B, I], [B, T, I] or rows [N, I].
         states: h0 and c0, or h0 alone, [L*D, B, .].
         weights: the parameters in torch.nn's order.
-        flat: the memory in which :func:`flatten` put them; None lets cuDNN copy them.
+        flat: the memory in which :func:`flatten` put them; None if they are elsewhere.
         record: whether a gradient may be asked for.
     """
-    h0, c0 = states if len(states) == 2 else (states[0], None)
+    each = len(weights) // (stack.num_layers * (1 + stack.bidirectional))
+    if flat is None:
+        flat = in_memory(stack, x.shape[-1], [w.detach() for w in weights])
+        weights = [w.contiguous() for w in weights]
+    h0 = states[0].contiguous()
+    c0 = states[1].contiguous() if len(states) == 2 else None
+    arguments: Any = (each, flat, h0, c0, *stack.arguments(record), None)
+    out, h_n, c_n, *_ = torch._cudnn_rnn(x, weights, *arguments)
     if record:
-        out, h_n, c_n = StackFunction.apply(stack, flat, x, h0, c0, *weights)
-    else:
-        out, h_n, c_n, *_ = _forward(stack, flat, x, h0, c0, weights, train=False)
+        # No strong ones: autograd keeps them as long as it may need them, and no longer.
+        inputs = [None if t is None else weakref.ref(t) for t in (x, *weights, h0, c0)]
+        node: Any = out.grad_fn
+        node.register_hook(partial(_differentiable, stack, inputs))
     return (out, h_n) if c0 is None else (out, h_n, c_n)
 
 
-def _forward(
-    stack: Stack,
-    flat: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Any,
-    train: bool,
-) -> Any:
-    each = len(weights) // (stack.num_layers * (1 + stack.bidirectional))
-    if flat is None:
-        weights = [w.contiguous() for w in weights]
-    c0 = None if c0 is None else c0.contiguous()
-    arguments: Any = (each, flat, h0.contiguous(), c0, *stack.arguments(train), None)
-    return torch._cudnn_rnn(x, weights, *arguments)
-
-
-class StackFunction(torch.autograd.Function):
-    """``apply(stack, flat, x, h0, c0, *weights)`` returns ``out, h_n, c_n``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        stack: Stack,
-        flat: Tensor | None,
-        x: Tensor,
-        h0: Tensor,
-        c0: Tensor | None,
-        *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Call cuDNN, and keep what its backward asks for."""
-        out, h_n, c_n, reserve, flat = _forward(stack, flat, x, h0, c0, weights, train=True)
-        ctx.stack = stack
-        ctx.set_materialize_grads(False)
-        # Of the outputs only the first: the caller may overwrite the others.
-        ctx.save_for_backward(x, h0, c0, out, reserve, flat, *weights)
-        return out, h_n, None if c0 is None else c_n
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of all inputs; differentiable themselves under ``create_graph=True``."""
-        needs = ctx.needs_input_grad[2:]
-        if all(g is None for g in grads):
-            return (None,) * (2 + len(needs))
-        x, h0, c0, out, reserve, flat, *weights = ctx.saved_tensors
-        with without_autocast(x.device):  # in which backward may have been called
-            if torch.is_grad_enabled() or forward_mode() or vectorised():
-                found = _differentiable(ctx.stack, (x, h0, c0, *weights), grads, needs)
-                return None, None, *found
-            each = len(weights) // (ctx.stack.num_layers * (1 + ctx.stack.bidirectional))
-            states = h0.contiguous(), None if c0 is None else c0.contiguous()
-            mask = [*needs[:2], c0 is not None and needs[2], any(needs[3:])]
-            # cuDNN writes into what it has kept, and backward may be called again.
-            rest = *ctx.stack.arguments(True), None, reserve.clone(), mask
-            backward = torch.ops.aten._cudnn_rnn_backward
-            dx, dh0, dc0, dw = backward(x, weights, each, flat, *states, out, *grads, *rest)
-        found = [dx, dh0, dc0, *(dw or [None] * len(weights))]
-        return None, None, *[g if need else None for g, need in zip(found, needs, strict=True)]
-
-
 def _differentiable(
-    stack: Stack,
-    inputs: tuple[Tensor | None, ...],
-    grads: tuple[Tensor | None, ...],
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """The gradients by autograd of the eager loop: cuDNN's own cannot be differentiated."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # An own node for each input: one tensor may stand in two places (tied weights).
-        views = [None if t is None else t.view_as(t) for t in inputs]
-        outputs = by_the_loop(stack, *views)  # type: ignore[arg-type]
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-    wanted = [t for t, need in zip(views, needs, strict=True) if need and t is not None]
-    found = iter(
+    stack: Stack, inputs: list[Any], found: tuple[Tensor | None, ...], grads: tuple[Any, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """In the place of cuDNN's gradients, which cannot be differentiated, those of the eager loop.
+
+    Autograd calls it after each pass back through the call.
+
+    Args:
+        stack: what was called.
+        inputs: references to x, the weights, h0 and c0, in autograd's order.
+        found: their gradients by cuDNN; a c0 that is not there may be left out.
+        grads: those of the outputs.
+
+    Raises:
+        RuntimeError: an input is gone.
+    """
+    if not torch.is_grad_enabled():  # create_graph is not asked for
+        return None
+    tensors = [None if r is None else r() for r in inputs]
+    if any(r is not None and t is None for r, t in zip(inputs, tensors, strict=True)):
+        raise RuntimeError("what cuDNN was called with is gone: its graph was freed")
+    views: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
+    x, *weights, h0, c0 = views
+    with without_autocast(x.device):  # in which backward may have been called
+        outputs = by_the_loop(stack, x, h0, c0, *weights)
+    both = zip(outputs, grads, strict=False)  # cuDNN has more outputs, without gradients
+    pairs = [(o, g) for o, g in both if o is not None and g is not None]
+    wanted = [g is not None and v.requires_grad for v, g in zip(views, found, strict=False)]
+    again = iter(
         torch.autograd.grad(
             [o for o, _ in pairs],
-            wanted,
+            [v for v, want in zip(views, wanted, strict=False) if want],
             [g for _, g in pairs],
-            create_graph=create_graph,
+            create_graph=True,
             allow_unused=True,
         )
     )
-    return [next(found) if n and t is not None else None for n, t in zip(needs, views, strict=True)]
+    return tuple([next(again) if want else None for want in wanted])
 
 
 def by_the_loop(

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
 from fused_rnn.layers import whole_stack
+from fused_rnn.ops import cudnn
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -255,6 +256,27 @@ def test_who_does_not_ask_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert suits(fused_rnn.FusedGRU(3, 6, backend="native"))
     assert not suits(fused_rnn.FusedLSTM(3, 6), shape=torch.Size((1, 1, 3)))
     assert not suits(fused_rnn.FusedLSTM(3, 6), shape=torch.Size((10**5, 1, 3)))
+    for wrong in ((), (3,)):  # which the general way has an error for
+        assert not suits(fused_rnn.FusedLSTM(3, 6), shape=torch.Size(wrong))
+
+
+def test_flattening_within_a_tracer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models call it in their forward: nothing is to be moved then."""
+    layer, calls = fused_rnn.FusedLSTM(3, 6), list[str]()
+    monkeypatch.setattr(cudnn, "flatten", lambda *args: calls.append("moved"))
+
+    def forward(x: Tensor) -> Tensor:
+        layer.flatten_parameters()
+        return layer(x)[0]
+
+    x = torch.randn(4, 2, 3)
+    expected = layer(x)[0]
+    compiled = torch.compile(forward, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(torch.func.vmap(forward, 1, 1)(x.unsqueeze(1))[:, 0], expected)
+    assert calls == []
+    forward(x)
+    assert calls == ["moved"]
 
 
 # ---- the weights in one piece, on a GPU ---------------------------------------------------------
@@ -283,6 +305,8 @@ def test_as_torch_nn_on_a_gpu(kind: str, shape: str, dtype: torch.dtype) -> None
         warnings.simplefilter("error")
         expected = run(plain, [x.cuda()], hx, lambda xs: xs[0])
         for layer in made:
+            assert in_one_piece(layer) is (layer is fused)
+            layer.flatten_parameters()
             assert in_one_piece(layer)
             found = run(layer, [x.cuda()], hx, lambda xs: xs[0])
             torch.testing.assert_close(found, expected)

@@ -28,6 +28,28 @@ def test_layer_norm(options: dict[str, Any]) -> None:
     assert_equal(normed, **options)
 
 
+def twice(gates: Any, state: Any, p: Any) -> tuple[Tensor, Tensor]:
+    """A norm in a norm, of products, one weight for both; a new state is a norm."""
+    units = gates.a.shape[-1:]
+    h = F.layer_norm(torch.sigmoid(gates.a) * state.h + torch.tanh(gates.b), units, p.gain)
+    c = F.layer_norm(h * state.c + (1 - h) * F.layer_norm(gates.b * gates.a, units, p.gain), units)
+    return h, c
+
+
+def cancelled(gates: Any, state: Any, p: Any) -> tuple[Tensor, Tensor]:
+    """What is normalised is a constant, though it is made of gates."""
+    units = gates.a.shape[-1:]
+    h = torch.tanh(gates.a) + F.layer_norm(gates.a - gates.a, units, p.gain, p.shift)
+    return h, F.layer_norm(0 * state.c, units) + gates.b
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": 2}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("step", [twice, cancelled])
+def test_odd_norms(step: Any, options: dict[str, Any]) -> None:
+    made = cell(gates="ab", states="hc", parameters=("gain", "shift"))(step)
+    assert_equal(made, **options)
+
+
 def test_layer_norm_is_two_means() -> None:
     """Of the adjoint, one function of all units for each norm that a gradient passes."""
     text = show(normed)
@@ -83,9 +105,20 @@ def norm_by_a_gate(gates: Any, state: Any) -> Tensor:
     return F.layer_norm(state.h, state.h.shape[-1:], gates.a)
 
 
+def the_mean(gates: Any, state: Any) -> Tensor:
+    made = torch.native_layer_norm(gates.a, gates.a.shape[-1:], None, None, 1e-5)
+    return made[0] + made[1]
+
+
+def constant_weight(gates: Any, state: Any) -> Tensor:
+    return F.layer_norm(gates.a, gates.a.shape[-1:], torch.ones_like(gates.a))
+
+
 @pytest.mark.parametrize(
     ("step", "what"),
     [
+        (the_mean, r"made\[0\] \+ made\[1\].*a tensor of the size .*comes from outside"),
+        (constant_weight, "the weight and bias of layer_norm are vectors"),
         (norm_of_the_batch, r"layer_norm\(gates.a, gates.a.shape\).*should be x\.shape\[-1:\]"),
         (norm_by_a_gate, r"the weight and bias of layer_norm are vectors \[H\]: parameters"),
     ],

@@ -22,7 +22,7 @@ class Operand(NamedTuple):
 
 
 Rule = Callable[[Expressions, list[Operand], dict[str, Any]], Expression]
-# Of an operation with several results; None for one that is not asked for.
+# Of an operation with several results; None for one that is not asked for, or has no rule.
 Rules = Callable[[Expressions, list[Operand]], tuple[Expression | None, ...]]
 
 
@@ -281,8 +281,8 @@ def _log_sigmoid(make: Expressions, args: list[Operand]) -> tuple[Expression, Ex
     return make.make("logsigmoid", args[0].expression), make.zero
 
 
-def _layer_norm(make: Expressions, args: list[Operand]) -> tuple[Expression, ...]:
-    """Of (x, normalized_shape, weight, bias, eps): y, the mean, which nothing needs, and rstd."""
+def _layer_norm(make: Expressions, args: list[Operand]) -> tuple[Expression | None, ...]:
+    """Of (x, normalized_shape, weight, bias, eps): y, the mean, which has no rule, and rstd."""
     x, shape, weight, bias, eps = args
     if list(shape.value) != list(x.value.shape[-1:]):
         raise ValueError(
@@ -298,23 +298,25 @@ def _layer_norm(make: Expressions, args: list[Operand]) -> tuple[Expression, ...
         y = make.make("mul", y, weight.expression)
     if bias.value is not None:
         y = make.make("add", y, bias.expression)
-    return y, make.zero, make.make("layer_rstd", *operands)
+    return y, None, make.make("layer_rstd", *operands)
 
 
 def _is_vector(x: Expression) -> bool:
     """Whether it is made of parameters alone."""
     leaves = [node for node in reachable([x]) if node.op == "leaf"]
-    return all(str(leaf).startswith("own_") for leaf in leaves)
+    return bool(leaves) and all(str(leaf).startswith("own_") for leaf in leaves)
 
 
 def _layer_norm_backward(make: Expressions, args: list[Operand]) -> tuple[Expression | None, ...]:
     """Of (dy, x, normalized_shape, mean, rstd, weight, bias, mask): dx, dweight and dbias."""
     dy, _, _, _, rstd, weight, _, mask = args
     d, scale = dy.expression, rstd.expression
-    # What was normalised and eps are the operands of rstd, unless it is a constant.
-    y = make.make("layer_norm", *scale.operands) if scale.value is None else make.zero
-    dx = d if weight.value is None else make.make("mul", d, weight.expression)
-    results = make.make("mul", make.make("layer_center", dx, y), scale), make.make("mul", d, y), d
+    dx, y = make.zero, make.zero
+    if scale.value is None:  # else what was normalised is a constant
+        y = make.make("layer_norm", *scale.operands)  # of the operands of rstd, x and eps
+        given = d if weight.value is None else make.make("mul", d, weight.expression)
+        dx = make.make("mul", make.make("layer_center", given, y), scale)
+    results = dx, make.make("mul", d, y), d
     return tuple([r if asked else None for r, asked in zip(results, mask.value, strict=True)])
 
 

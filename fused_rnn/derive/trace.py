@@ -81,6 +81,10 @@ def trace(step: Callable[..., Sequence[Tensor]], names: Sequence[str], source: A
     )
 
 
+class StepError(ValueError):
+    """What a step may not do, and where it does it."""
+
+
 class _Recorder(TorchDispatchMode):
     """Notes what each operation computes, while it runs."""
 
@@ -142,6 +146,8 @@ class _Recorder(TorchDispatchMode):
             if rule is None:
                 raise ValueError(f"there is no rule for aten.{packet}")
             made = rule(self.expressions, operands, kwargs)
+        except StepError:
+            raise
         except ValueError as reason:
             raise self._error(str(reason)) from reason
         result = func(*args, **kwargs)
@@ -151,18 +157,15 @@ class _Recorder(TorchDispatchMode):
         self.know(result, made)
         return result
 
-    def _several(self, made: tuple[Expression | None, ...]) -> tuple[Tensor | None, ...]:
+    def _several(self, made: tuple[Expression | None, ...]) -> tuple[Tensor, ...]:
         """Tensors that hold several results; their values do not matter."""
-        results = [
-            None if e is None else torch.zeros(SHAPE, dtype=torch.float64, device="cpu")
-            for e in made
-        ]
+        results = [torch.zeros(SHAPE, dtype=torch.float64, device="cpu") for _ in made]
         for result, expression in zip(results, made, strict=True):
-            if result is not None and expression is not None:
+            if expression is not None:
                 self.know(result, expression)
         return tuple(results)
 
-    def _error(self, what: str) -> ValueError:
+    def _error(self, what: str) -> "StepError":
         """With the line of the user's file that is being run."""
         frame = sys._getframe()
         while frame is not None and frame.f_code.co_filename != self._file:
@@ -173,7 +176,7 @@ class _Recorder(TorchDispatchMode):
         elif frame is not None:
             text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
             place += f', line {frame.f_lineno} of {frame.f_code.co_filename}, "{text}"'
-        return ValueError(
+        return StepError(
             f"{place}: {what}. A step is pointwise in its gates, states and parameters, "
             "layer_norm over the units aside; "
             "docs/cells.md lists the operations"

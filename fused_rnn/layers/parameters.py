@@ -10,8 +10,8 @@ from fused_rnn.cells.builtin import CELLS
 from fused_rnn.engines.dispatch import Backend, check_backend
 from fused_rnn.layers.checks import check_arguments, check_heads, check_input, check_options
 from fused_rnn.ops import cudnn
-from fused_rnn.spec.batch import BatchLayout
 from fused_rnn.spec.cells import Cell
+from fused_rnn.spec.context import transformed
 from fused_rnn.spec.layer import Weights
 from fused_rnn.spec.names import entries_of, present
 
@@ -255,28 +255,29 @@ class RecurrentModule(nn.Module):
     def flatten_parameters(self) -> None:
         """Move the parameters into one piece of memory, for cuDNN, which copies them otherwise.
 
-        As torch.nn's: done by itself when the layer is made, moved or loaded from a pickle, and of
-        no effect but on a GPU with cuDNN, in fp16, fp32 or fp64. What each is, stays.
+        As torch.nn's: done by itself when the layer is made or moved, and of no effect but on a GPU
+        with cuDNN, in fp16, fp32 or fp64, outside of tracers and transforms. What each is, stays.
         """
+        if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
+            return
         self._flat_memory = None
-        own = [self._parameters.get(name) for name in self._sizes.names]
-        weights = [p for p in own if p is not None]
-        plain = len(weights) == len(own)  # nor does a parametrization compute one
+        weights = [self._parameters.get(name) for name in self._sizes.names]
+        plain = all([p is not None for p in weights])  # nor does a parametrization compute one
         if plain and self.heads == 1 and self._cell.torch is not None:
             how = (self.hidden_size, self.proj_size, self.num_layers, self.bidirectional)
-            stack = cudnn.Stack(self._cell, *how, self.batch_first, BatchLayout(1, 1), False)
+            stack = cudnn.Stack(self._cell, *how, self.batch_first)
             self._flat_memory = cudnn.flatten(stack, self.input_size, weights)
 
     def flat_memory(self, weights: list[Tensor]) -> Tensor | None:
         """The piece of memory that holds ``weights``, if they are where it has them."""
         memory, places = self._flat_memory or (None, [])
-        return memory if [p.data_ptr() for p in weights] == places else None
+        return memory if [p.data_ptr() for p in weights if p.is_contiguous()] == places else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast the parameters, as every module does."""
-        result = super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
         self.flatten_parameters()
-        return result
+        return self
 
     def __prepare_scriptable__(self) -> None:
         """Refuse torch.jit.script, which calls this: it cannot compile our Python code."""
@@ -290,7 +291,6 @@ class RecurrentModule(nn.Module):
         state = {name: value for name, value in state.items() if name not in _FORMER}
         super().__setstate__({"proj_size": 0, "backend": "auto"} | OPTIONS | state)
         self._name_parameters()
-        self.flatten_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a copy holds: they have memory of their own."""

@@ -118,7 +118,7 @@ def _suits_cudnn(module: RecurrentModule, x: Tensor) -> bool:
         and (module.backend == "native" or native_rules.may_suit_gpu(module._cell, x.dtype))
         and native.cudnn()
         and torch.cudnn_is_acceptable(x)
-        and 1 < max(x.shape[:-1]) <= native.MOST_STEPS
+        and 1 < max(x.shape[:-1], default=0) <= native.MOST_STEPS
     )
 
 

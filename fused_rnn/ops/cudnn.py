@@ -38,8 +38,8 @@ class Stack(NamedTuple):
     num_layers: int
     bidirectional: bool
     batch_first: bool
-    layout: BatchLayout
-    packed: bool
+    layout: BatchLayout = BatchLayout(1, 1)
+    packed: bool = False
 
     def arguments(self, train: bool) -> tuple[Any, ...]:
         """Those of cuDNN between the states and the memory of its dropout, which stays away."""

@@ -131,7 +131,8 @@ def _layer_norms(heads: int) -> dict[str, Callable[..., Tensor]]:
         """1 / sqrt(variance + eps)."""
         parts = x.unflatten(-1, (heads, -1))
         variance = parts.var(-1, correction=0, keepdim=True)
-        return torch.rsqrt(variance + eps).expand_as(parts).flatten(-2)
+        rstd = torch.rsqrt(variance + eps).expand_as(parts)
+        return rstd.contiguous().flatten(-2)  # others may be written into it
 
     def layer_center(d: Tensor, y: Tensor) -> Tensor:
         """The gradient of x over rstd, of the gradient d of y: PyTorch's own, were rstd 1."""

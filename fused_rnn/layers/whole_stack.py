@@ -54,7 +54,7 @@ def prepare(module: RecurrentModule, input: Any, hx: Any) -> Prepared | None:
     weights = None if _unusual(module, hx) else _plain_weights(module)
     packed, dtype = type(input) is PackedSequence, None
     x: Any = input.data if packed else input
-    if weights is None or not isinstance(x, Tensor) or weights[0].device != x.device:
+    if weights is None or not isinstance(x, Tensor) or not all([_beside(p, x) for p in weights]):
         return None
     by_cudnn = _suits_cudnn(module, x)
     if not (by_cudnn or x.is_cpu):
@@ -149,7 +149,7 @@ def _unusual(module: RecurrentModule, hx: Any) -> bool:
 
 
 def _plain_weights(module: RecurrentModule) -> list[Tensor] | None:
-    """The parameters in torch.nn's order, if all are plain, of one kind and on one device."""
+    """The parameters in torch.nn's order, if all are plain and of one kind."""
     names, sizes, _, _ = module._sizes
     own = module._parameters
     try:
@@ -158,8 +158,13 @@ def _plain_weights(module: RecurrentModule) -> list[Tensor] | None:
         return None
     if [p.shape for p in weights] != sizes:
         return None
-    kind, device = weights[0].dtype, weights[0].device
-    return weights if all([p.dtype is kind and p.device == device for p in weights]) else None
+    kind = weights[0].dtype
+    return weights if all([p.dtype is kind for p in weights]) else None
+
+
+def _beside(t: Tensor, x: Tensor) -> bool:
+    """Whether a tensor is on the device of ``x``."""
+    return t.is_cpu if x.is_cpu else t.device == x.device  # the latter takes longer
 
 
 def _states(
@@ -187,7 +192,7 @@ def _states(
 
 def _fits(state: Any, x: Tensor, size: tuple[int, ...], cast: torch.dtype | None) -> bool:
     """Whether an initial state goes with ``x``; under autocast with any type but fp64."""
-    if not isinstance(state, Tensor) or state.shape != size or state.device != x.device:
+    if not isinstance(state, Tensor) or state.shape != size or not _beside(state, x):
         return False
     return state.dtype is x.dtype or (cast is not None and state.dtype is not torch.float64)
 

@@ -95,6 +95,15 @@ def test_folders() -> None:
         assert len(files) <= MOST_FILES or place.name == "kernels", place
 
 
+@pytest.mark.parametrize("folder", sorted({*FOLDERS} - {"kernels", "examples"}))
+def test_the_files_are_named(folder: str) -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| `{folder}/` |"))
+    names = {part.strip("/") for part in row.rpartition(" | ")[2].split("`")[1::2]}
+    there = [path for path in (ROOT / "fused_rnn" / folder).iterdir() if path.name[0] not in "_."]
+    assert names == {path.stem for path in there}
+
+
 def all_sources() -> list[Path]:
     places = ("fused_rnn", "kernels", "bench", "tests", ".ci", "docs")
     found = [path for place in places for path in (ROOT / place).rglob("*.py")]

@@ -253,20 +253,21 @@ class RecurrentModule(nn.Module):
                 nn.init.constant_(parameter, constant)
 
     def flatten_parameters(self) -> None:
-        """Move the parameters into one piece of memory, for cuDNN, which copies them otherwise.
+        """Move the parameters into one piece of memory, for cuDNN; what each is, stays.
 
-        As torch.nn's: done by itself when the layer is made or moved, and of no effect but on a GPU
-        with cuDNN, in fp16, fp32 or fp64, outside of tracers and transforms. What each is, stays.
+        As torch.nn's: done by itself when the layer is made or moved, of no effect but on a GPU
+        with cuDNN, in fp16, fp32 or fp64, outside of tracers and transforms.
         """
         if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
             return
-        self._flat_memory = None
+        self.__dict__.pop("_flat_memory", None)
         weights = [self._parameters.get(name) for name in self._sizes.names]
         plain = all([p is not None for p in weights])  # nor does a parametrization compute one
         if plain and self.heads == 1 and self._cell.torch is not None:
-            how = (self.hidden_size, self.proj_size, self.num_layers, self.bidirectional)
-            stack = cudnn.Stack(self._cell, *how, self.batch_first)
-            self._flat_memory = cudnn.flatten(stack, self.input_size, weights)
+            sizes = self.hidden_size, self.proj_size, self.num_layers
+            stack = cudnn.Stack(self._cell, *sizes, self.bidirectional, self.batch_first)
+            if flat := cudnn.flatten(stack, self.input_size, weights):
+                self._flat_memory = flat
 
     def flat_memory(self, weights: list[Tensor]) -> Tensor | None:
         """The piece of memory that holds ``weights``, if they are where it has them."""
@@ -294,7 +295,7 @@ class RecurrentModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a copy holds: they have memory of their own."""
-        return {name: value for name, value in self.__dict__.items() if name != "_flat_memory"}
+        return {name: held for name, held in self.__dict__.items() if name != "_flat_memory"}
 
     def _name_parameters(self) -> None:
         """Names and sizes of the parameters, by layer and direction and in torch.nn's order."""
@@ -396,5 +397,4 @@ class RecurrentModule(nn.Module):
         return hx.index_select(1, permutation)
 
 
-# What older versions kept in a module.
-_FORMER = frozenset({"_layout", "_order"})
+_FORMER = frozenset({"_layout", "_order"})  # what older versions kept in a module

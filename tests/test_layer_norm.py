@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_rnn import FusedRecurrent, cell, cells, explain, show
 from fused_rnn.derive.derivation import derivation
+from fused_rnn.engines.cpu.texts import Parts, step_text
 
 
 @cell(gates="ab", states="hc", parameters=("gain", "shift"))
@@ -68,6 +69,13 @@ def test_a_layer_norm_of_numbers_is_zero() -> None:
 
     assert not derivation(still).mixes_units
     assert_equal(still)
+
+
+def test_weight_and_bias_take_no_call_of_their_own() -> None:
+    parts = Parts(derivation(cells.layer_norm_lstm), (0, 1, 2, 3))
+    text = step_text(parts)
+    for gate in "ifgo":
+        assert f"layer_norm(gate_{gate}, 1e-05, own_gain_{gate}, own_shift_{gate})" in text
 
 
 def test_layer_norm_is_for_one_program() -> None:

@@ -168,6 +168,8 @@ class Writer:
             return None
         for first, second in ((0, 1), (1, 0)) if node.op == "add" else ((0, 1),):
             other, product = node.operands[first], node.operands[second]
+            if affine := self._affine(node, other, product):
+                return affine
             if product.op == "mul" and self._once(product) and other.value in (None, 1):
                 a, b = product.operands
                 if other.value == 1:
@@ -180,6 +182,21 @@ class Writer:
                     return f"torch.add({{0}}, {{1}}, alpha={sign}{number(b.value)})", (other, a)
                 value = "" if node.op == "add" else ", value=-1"
                 return f"torch.addcmul({{0}}, {{1}}, {{2}}{value})", (other, a, b)
+        return None
+
+    def _affine(
+        self, node: Expression, bias: Expression, product: Expression
+    ) -> tuple[str, tuple[Expression, ...]] | None:
+        """A layer norm with its weight and bias, vectors [H], and its operands."""
+        if node.op != "add" or product.op != "mul" or not self._once(product):
+            return None
+        for norm, weight in (product.operands, product.operands[::-1]):
+            if norm.op == "layer_norm" and self._once(norm):
+                x, eps = norm.operands
+                narrow = all([v.value is None and self.is_narrow(v) for v in (weight, bias)])
+                if narrow and not self.is_narrow(x) and eps.value is not None:
+                    text = f"layer_norm({{0}}, {number(eps.value)}, {{1}}, {{2}})"
+                    return text, (x, weight, bias)
         return None
 
     def _once(self, node: Expression) -> bool:

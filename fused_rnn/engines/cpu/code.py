@@ -12,7 +12,6 @@ from itertools import permutations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_rnn.derive.derivation import Derivation, derivation
@@ -120,27 +119,34 @@ def _order(cell: Cell, d: Derivation) -> tuple[int, ...]:
 
 def _layer_norms(heads: int) -> dict[str, Callable[..., Tensor]]:
     """What is computed of all units of a head, in tensors [n, H] of heads side by side."""
-    backward = torch.ops.aten.native_layer_norm_backward
+    backward = torch.ops.aten.native_layer_norm_backward.default
 
-    def layer_norm(x: Tensor, eps: float) -> Tensor:
-        """(x - mean) rstd."""
-        parts = x.unflatten(-1, (heads, -1))
-        return F.layer_norm(parts, parts.shape[-1:], eps=eps).flatten(-2)
+    def apart(x: Tensor) -> Tensor:
+        return x if heads == 1 else x.unflatten(-1, (heads, -1))
+
+    def layer_norm(
+        x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """(x - mean) rstd; times weight plus bias [H], if there are any."""
+        if heads == 1:
+            return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        parts = apart(x)
+        y = torch.layer_norm(parts, parts.shape[-1:], None, None, eps).view(x.shape)
+        return y if weight is None or bias is None else torch.addcmul(bias, y, weight)
 
     def layer_rstd(x: Tensor, eps: float) -> Tensor:
         """1 / sqrt(variance + eps)."""
-        parts = x.unflatten(-1, (heads, -1))
+        parts = apart(x)
         variance = parts.var(-1, correction=0, keepdim=True)
         rstd = torch.rsqrt(variance + eps).expand_as(parts)
-        return rstd.contiguous().flatten(-2)  # others may be written into it
+        return rstd.contiguous().view(x.shape)  # others may be written into it
 
     def layer_center(d: Tensor, y: Tensor) -> Tensor:
         """The gradient of x over rstd, of the gradient d of y: PyTorch's own, were rstd 1."""
-        dy = d.unflatten(-1, (heads, -1))
-        parts = y.expand_as(d).unflatten(-1, (heads, -1))  # y of parameters is [H]
+        dy, parts = apart(d), apart(y.expand_as(d))  # y of parameters is [H]
         mean = dy.new_zeros(*dy.shape[:-1], 1)
         rest = (parts.shape[-1:], mean, torch.ones_like(mean), None, None, [True, False, False])
         centered: Tensor = backward(dy, parts, *rest)[0]
-        return centered.flatten(-2)
+        return centered.view(d.shape)
 
     return {f.__name__: f for f in (layer_norm, layer_rstd, layer_center)}

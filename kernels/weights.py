@@ -18,7 +18,7 @@ def to_tf32(x, PRECISION: tl.constexpr):
     """The fp32 operand of a product, rounded to TF32.
 
     Tensor cores cut it off there, which makes every number smaller: errors that add up over the
-    steps to about three times those of rounding.
+    steps to two or three times those of rounding.
     """
     if PRECISION == ROUNDED and x.dtype == tl.float32:
         x = tl.inline_asm_elementwise(

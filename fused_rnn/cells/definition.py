@@ -104,8 +104,9 @@ def define(
         "pointwise": pointwise,
     }
     if torch is None:
-        parts["mixes_units"] = not pointwise or derivation(Cell(**parts)).mixes_units
-        key = f"{name}@{_mark(Cell(**parts), place)}"
+        draft = Cell(**parts)
+        parts["mixes_units"] = not pointwise or derivation(draft).mixes_units
+        key = f"{name}@{_mark(draft, place)}"
         while key in CELLS and not pointwise and CELLS[key].step is not step:
             key += "'"  # defined again: nobody can tell whether it is the same
     else:

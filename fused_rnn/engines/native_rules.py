@@ -88,7 +88,8 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 SLOW_STEP = 40.0  # us of both sweeps, from which cuDNN's launches of every step take less
 FUSED = 128  # hidden units up to which cuDNN runs an LSTM without launches in every step
-HOST_TRAIN, HOST_FORWARD = 640, 320  # steps of such an LSTM, below which the host is what counts
+# Steps of such an LSTM below which the host is what counts. Measured were 32, 256 and 1024.
+HOST_TRAIN, HOST_FORWARD = 640, 320
 
 
 def may_suit_gpu(cell: Cell, dtype: torch.dtype) -> bool:

@@ -27,7 +27,7 @@ class Prepared(NamedTuple):
     """What torch.nn's function is called with.
 
     Attributes:
-        reason: why it runs.
+        reason: why it runs, as :func:`fused_rnn.explain` tells it.
         x: the input, [T, B, I], [B, T, I] with ``batch_first``, or rows [N, I] if packed.
         states: the initial states [L*D, B, .], h alone or h and c, in the order of the rows.
         weights: the parameters in torch.nn's order.
@@ -98,15 +98,16 @@ def _reason(
 ) -> str | None:
     """Why torch.nn's function runs; None where something else does."""
     if module.backend == "native":
-        return "backend='native' asks for it"
+        return native.because("backend='native' asks for it")
     cell, projected = module._cell, module.proj_size > 0
     if x.is_cpu:
         how = (cell, dtype, layout.T, layout.B, module.hidden_size)
         ragged = layout.batch_sizes is not None
-        return native_rules.suits(*how, ragged=ragged, projected=projected, train=train)
+        faster = native_rules.suits(*how, ragged=ragged, projected=projected, train=train)
+        return None if faster is None else native.because(faster)
     spec = LayerSpec(cell, layout, module._directions, module.hidden_size, projected)
     choice = dispatch.choose(spec, x.device, dtype, "auto", train, autograd_records=True)
-    return choice.reason.removeprefix(native.because("")) if choice.backend == "native" else None
+    return choice.reason if choice.backend == "native" else None
 
 
 def _suits_cudnn(module: RecurrentModule, x: Tensor) -> bool:

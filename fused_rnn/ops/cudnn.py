@@ -5,6 +5,7 @@ most of its time. So there is nothing beside it, not even an autograd function.
 """
 
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,9 +46,15 @@ class Stack(NamedTuple):
         """Those of cuDNN between the states and the memory of its dropout, which stays away."""
         functions = self.cell.torch
         assert functions is not None
-        sizes = list(self.layout.batch_sizes or [self.layout.B] * self.layout.T)
+        sizes: list[int] = []
+        if self.packed:
+            sizes = list(self.layout.batch_sizes or [self.layout.B] * self.layout.T)
         how = (functions.cudnn_mode, self.hidden_size, self.proj_size, self.num_layers)
-        return *how, self.batch_first, 0.0, train, self.bidirectional, sizes if self.packed else []
+        return *how, self.batch_first, 0.0, train, self.bidirectional, sizes
+
+    def per_direction(self, weights: Sequence[Any]) -> int:
+        """How many of the parameters one direction of a layer has."""
+        return len(weights) // (self.num_layers * (1 + self.bidirectional))
 
 
 def flatten(stack: Stack, input_size: int, weights: list[Any]) -> tuple[Tensor, list[int]] | None:
@@ -69,8 +76,7 @@ def flatten(stack: Stack, input_size: int, weights: list[Any]) -> tuple[Tensor, 
 def in_memory(stack: Stack, input_size: int, weights: list[Any]) -> Tensor:
     """The piece of memory to which the weights were moved."""
     mode, H, R, layers, batch_first, _, _, two, _ = stack.arguments(False)
-    each = len(weights) // (layers * (1 + two))
-    how = each, input_size, mode, H, R, layers, batch_first, two
+    how = stack.per_direction(weights), input_size, mode, H, R, layers, batch_first, two
     return native.in_one_piece(weights, *how)
 
 
@@ -92,13 +98,12 @@ def run(
         flat: the memory in which :func:`flatten` put them; None if they are elsewhere.
         record: whether a gradient may be asked for.
     """
-    each = len(weights) // (stack.num_layers * (1 + stack.bidirectional))
     if flat is None:
         flat = in_memory(stack, x.shape[-1], [w.detach() for w in weights])
         weights = [w.contiguous() for w in weights]
     h0 = states[0].contiguous()
     c0 = states[1].contiguous() if len(states) == 2 else None
-    arguments: Any = (each, flat, h0, c0, *stack.arguments(record), None)
+    arguments: Any = (stack.per_direction(weights), flat, h0, c0, *stack.arguments(record), None)
     out, h_n, c_n, *_ = torch._cudnn_rnn(x, weights, *arguments)
     if record:
         # No strong ones: autograd keeps them as long as it may need them, and no longer.
@@ -156,7 +161,7 @@ def by_the_loop(
     rows = x
     if not stack.packed:
         rows = (x.transpose(0, 1) if stack.batch_first else x).flatten(0, 1)
-    each = len(weights) // (stack.num_layers * D)
+    each = stack.per_direction(weights)
     spec = LayerSpec(stack.cell, layout, D, stack.hidden_size, projected=stack.proj_size > 0)
     finals = []
     for first in range(0, stack.num_layers * D, D):

@@ -118,7 +118,7 @@ def explain(
     if gpu is None and plain:
         whole = whole_stack.prepare(layer, x, hx)
         if whole is not None:
-            one = "native", native.because(whole.reason)
+            one = "native", whole.reason
             return Explanations(Explanation(n, *one) for n in range(layer.num_layers))
     described = describe(layer, x, hx, lengths, reset, mask, cells)
     explanations = []

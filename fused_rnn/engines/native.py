@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rnn.engines import reference
 from fused_rnn.spec.cells import TorchFunctions
 from fused_rnn.spec.layer import (
     InputGrads,
@@ -246,21 +247,9 @@ def backward(
     """Differentiate the graph that is saved, or a new one; see the Engine protocol."""
     if not saved:  # recompute, or an operator of ours
         _, saved = _recorded(spec, inputs)
-    outputs, leaves, marks = saved[:3], saved[3:], needs.flatten()
-    pairs = [
-        (o, g) for o, g in zip(outputs, grads, strict=False) if o is not None and g is not None
-    ]
-    wanted = [t for t, mark in zip(leaves, marks, strict=True) if mark and t is not None]
-    computed = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            retain_graph=True,  # it goes with what is saved
-            allow_unused=True,
-        )
-    )
-    return InputGrads.restore(tuple([next(computed) if mark else None for mark in marks]))
+    # The graph goes with what is saved.
+    computed = reference.gradients(saved[:3], grads, saved[3:], needs.flatten(), retain_graph=True)
+    return InputGrads.restore(computed)
 
 
 def _recorded(spec: LayerSpec, inputs: LayerInputs) -> tuple[Outputs, Saved]:

@@ -133,6 +133,27 @@ def recurrent_product(operand: Tensor, w: Weights) -> Tensor:
     return product if w.b_hh is None else product + w.b_hh
 
 
+def gradients(
+    outputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    **how: bool,
+) -> tuple[Tensor | None, ...]:
+    """Autograd's, of the ``wanted`` inputs; None for the others, and for what reaches no output.
+
+    Outputs that are not there, or have no gradient in ``grads``, have no part in it. ``how`` goes
+    to :func:`torch.autograd.grad`.
+    """
+    both = zip(outputs, grads, strict=False)
+    pairs = [(o, g) for o, g in both if o is not None and g is not None]
+    marks = [want and t is not None for t, want in zip(inputs, wanted, strict=True)]
+    asked = [t for t, mark in zip(inputs, marks, strict=True) if mark and t is not None]
+    outs, given = [o for o, _ in pairs], [g for _, g in pairs]
+    found = iter(torch.autograd.grad(outs, asked, given, allow_unused=True, **how))
+    return tuple([next(found) if mark else None for mark in marks])
+
+
 class _ClipGradient(torch.autograd.Function):
     """The identity, whose gradient is cut to [-bound, bound], element by element."""
 

@@ -64,16 +64,7 @@ def _differentiable(
         # gradient of the one must not hold the other's, too.
         inputs = inputs.map(lambda t: t.view_as(t))
         outputs = reference.run(spec, inputs)
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-    marks = needs.flatten()
-    wanted = [t for t, mark in zip(inputs.flatten(), marks, strict=True) if mark and t is not None]
-    computed = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+    computed = reference.gradients(
+        outputs, grads, inputs.flatten(), needs.flatten(), create_graph=create_graph
     )
-    return InputGrads.restore(tuple([next(computed) if mark else None for mark in marks]))
+    return InputGrads.restore(computed)

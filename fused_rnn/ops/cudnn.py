@@ -138,19 +138,10 @@ def _differentiable(
     x, *weights, h0, c0 = views
     with without_autocast(x.device):  # in which backward may have been called
         outputs = by_the_loop(stack, x, h0, c0, *weights)
-    both = zip(outputs, grads, strict=False)  # cuDNN has more outputs, without gradients
-    pairs = [(o, g) for o, g in both if o is not None and g is not None]
-    wanted = [g is not None and v.requires_grad for v, g in zip(views, found, strict=False)]
-    again = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            [v for v, want in zip(views, wanted, strict=False) if want],
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return tuple([next(again) if want else None for want in wanted])
+    views = views[: len(found)]
+    wanted = [g is not None and v.requires_grad for v, g in zip(views, found, strict=True)]
+    # cuDNN has more outputs, without gradients.
+    return reference.gradients(outputs, grads[:3], views, wanted, create_graph=True)
 
 
 def by_the_loop(

@@ -35,8 +35,9 @@ from fused_rnn.spec.cells import Cell
 MODES = ("train", "forward")
 LOOP, US = "loop", "fused_rnn"
 BEST_OF = 3  # calls, of which the fastest one counts as a sample
-# Relative to the norm. A loop of 16-bit tensors rounds each of its operations, our kernels only h.
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 0.1}
+# Relative to the norm. A loop of 16-bit tensors rounds each of its operations, our kernels only h:
+# found were 2.5e-3 and 1.5e-2 at 128 steps.
+TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
 
 
 @fused_rnn.cell(gates="ifgo", states="hc")

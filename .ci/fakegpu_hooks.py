@@ -4,7 +4,7 @@ hook                      used by            what it touches
 kernels_for_cpu_tensors   install            engines.triton.devices.kernel_device(device)
 precision                 layers, recompile  nothing private: PyTorch's own switches
 forced_plan               layers             triton.plans.forced(chooser), kernels.planner.plans
-device_contexts           host               engines.triton.engine._device_and_precision
+device_contexts           host               engines.triton.engine.device_and_precision
 no_launches               waits              engines.triton.engine.launch, kernels.pack.launch_once
 recorded_layers           waits              ops.functional.run and route_of, Engine
 no_value_checks           waits              layers.call.packed_reset
@@ -123,7 +123,7 @@ def device_contexts() -> None:
 
         return contexts
 
-    _replace(engine, "_device_and_precision", make)
+    _replace(engine, "device_and_precision", make)
 
 
 def no_launches() -> None:

@@ -42,6 +42,16 @@ class Limits:
     hop_us: float = 0.855
     most_programs: int | None = None
 
+    def places(self, warps: int, shared: int) -> int:
+        """Programs that are resident at once, each of so many warps and bytes of shared memory.
+
+        Registers are counted as if each thread had the most: compiled kernels can only need less.
+        """
+        by_registers = 65536 // (warps * 32 * 256)
+        by_shared = self.sm_shared // (shared + 1024)  # each program takes 1 KiB more
+        programs = self.sms * min(by_registers, by_shared)
+        return programs if self.most_programs is None else min(programs, self.most_programs)
+
 
 _K = 1024
 LIMITS = {

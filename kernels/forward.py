@@ -180,19 +180,19 @@ def forward_kernel(
         bias_n = tl.load(bias + d * H + m // WORDS, mask=m < WORDS * H, other=0.0).to(dtype)
 
     w += d * (G * H * H)
-    h_at = h0 + first[0] + b * WIDE
-    present = seq < B
+    first_h = h0 + first[0] + b * WIDE
+    there = seq < B
     if IN_MEMORY and GROUP:
         arrive(counters, 0, BLOCK_BARRIER)
         wait(counters, 0, PROGRAMS, BLOCK_BARRIER)
-        h_at = operand_seq + row.to(tl.int64) * WIDTH + b * WIDTH
-        present = seq < count
+        first_h = operand_seq + row.to(tl.int64) * WIDTH + b * WIDTH
+        there = seq < count
     if STREAM:
         ws = ()
-        halves = multiply_streamed(w, h_at, present, u0, G, H, BLOCK_H, BLOCK_K, PRECISION)
+        halves = multiply_streamed(w, first_h, there, u0, G, H, BLOCK_H, BLOCK_K, PRECISION)
     else:
         if GROUP:
-            hs = load_h(h_at, present, H, BLOCK_K, CHUNKS, PRECISION)
+            hs = load_h(first_h, there, H, BLOCK_K, CHUNKS, dtype, PRECISION)
         else:
             hs = (to_tf32(operand, PRECISION),)
         ws, halves = prime(w, scale, u0, hs, G, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION)
@@ -262,7 +262,7 @@ def forward_kernel(
             if STREAM:
                 halves = multiply_streamed(w, h_at, present, u0, G, H, BLOCK_H, BLOCK_K, PRECISION)
             else:
-                hs = load_h(h_at, present, H, BLOCK_K, CHUNKS, PRECISION)
+                hs = load_h(h_at, present, H, BLOCK_K, CHUNKS, dtype, PRECISION)
                 halves = multiply(ws, hs, once, G, RESIDENT, KS, MS, PRECISION)
         acc = join_gates(halves, G, BLOCK_H, KS, MS) + from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
         pre = unpack(acc, APART)

@@ -93,11 +93,28 @@ class Launch(NamedTuple):
     tensors: dict[str, Tensor | None]
     numbers: dict[str, int | float | None]
 
+    def again(self, kernel: Any, tensors: Mapping[str, Tensor | None], T: int, B: int) -> None:
+        """Launch once more with some other memory of the same kinds, for T steps of B sequences.
 
-def launch(what: Launch) -> None:
-    """Launch a sweep, as often as the plan says.
+        Args:
+            kernel: what :func:`launch` returned, if it was not None.
+            tensors: the other memory, of which as much is there, aligned as well.
+            T: time steps.
+            B: sequences, for which one launch is enough.
+        """
+        self.tensors.update(tensors)
+        self.numbers.update(T=T, B=B)
+        ((_, tiles, _, directions),) = self.plan.launches(B, self.D)
+        grid = (self.plan.programs, tiles, directions)
+        constants = self.variant.constants.values()
+        kernel[grid](*self.tensors.values(), *self.numbers.values(), *constants)
 
-    The counters belong to this call, so that streams, threads and replayed graphs share none.
+
+def launch(what: Launch) -> Any:
+    """Launch a sweep, as often as the plan says; returns the compiled kernel if it may be kept.
+
+    The counters belong to this call, so that streams, threads and replayed graphs share none. Who
+    has zeros for them brings them along.
 
     Raises:
         LaunchRefused: the driver refuses a group.
@@ -105,15 +122,14 @@ def launch(what: Launch) -> None:
     """
     variant, plan, D, device, tensors, numbers = what
     B: Any = numbers["B"]
-    if plan.programs > 1:
-        size = -(-B // plan.block_b) * D * 2 * LINE.value
-        tensors["counters"] = torch.zeros(size, dtype=torch.int32, device=device)
+    if plan.programs > 1 and tensors["counters"] is None:
+        tensors["counters"] = zero_counters(plan, B, D, device)
     first = True
     for tile, tiles, direction, directions in plan.launches(B, D):
         numbers["first_tile"], numbers["first_direction"] = tile, direction
         grid = (plan.programs, tiles, directions)
         try:
-            launch_once(variant, grid, device, tensors, numbers)
+            kernel = launch_once(variant, grid, device, tensors, numbers)
         except (RuntimeError, TritonError) as error:
             text = f"a sweep failed, planned as {plan}: {error}"
             if plan.programs > 1 and first:
@@ -124,6 +140,13 @@ def launch(what: Launch) -> None:
                     raise LaunchRefused(text, 0) from error
             raise RuntimeError(text) from error
         first = False
+    return kernel
+
+
+def zero_counters(plan: Plan, B: int, D: int, device: torch.device, times: int = 1) -> Tensor:
+    """Those of so many launches of a group, [times, ...]."""
+    size = -(-B // plan.block_b) * D * 2 * LINE.value
+    return torch.zeros((times, size), dtype=torch.int32, device=device)
 
 
 def launch_once(
@@ -132,8 +155,11 @@ def launch_once(
     device: torch.device,
     tensors: Mapping[str, Tensor | None],
     numbers: Mapping[str, int | float | None],
-) -> None:
-    """Launch a kernel; the first time for arguments of a kind, through Triton's JIT."""
+) -> Any:
+    """Launch a kernel; the first time for arguments of a kind, through Triton's JIT.
+
+    Returns what was compiled, None if others with such arguments need not get the same.
+    """
     key = (
         device,
         *[None if t is None else t.dtype for t in tensors.values()],
@@ -142,13 +168,15 @@ def launch_once(
     compiled, constants = variant.compiled.get(key), variant.constants
     if compiled is not None and _aligned(tensors):
         compiled[grid](*tensors.values(), *numbers.values(), *constants.values())
-        return
+        return compiled
     made = variant.kernel[grid](**tensors, **numbers, **constants, **variant.options)
     # Neither those of Triton's interpreter are kept, nor on AMD GPUs, where it looks at sizes, too,
     # nor for memory that is aligned otherwise than usual: the JIT makes other kernels of that.
     if made is not None and torch.version.hip is None and _aligned(tensors):
         assert [*tensors, *numbers, *constants] == list(variant.kernel.arg_names)
         variant.compiled[key] = made
+        return made
+    return None
 
 
 def _aligned(tensors: Mapping[str, Tensor | None]) -> bool:

@@ -272,15 +272,7 @@ def _exchange(
 
 
 def _residency(request: PlanRequest, limits: Limits, plan: Plan) -> dict[str, int]:
-    """Batch tiles and directions of one launch, all of whose programs are resident at once.
-
-    Registers are counted as if each thread had the most, so the compiled kernel can only need less.
-    """
-    by_registers = 65536 // (plan.warps * 32 * 256)
-    by_shared = limits.sm_shared // (plan.shared + 1024)  # each program takes 1 KiB more
-    programs = limits.sms * min(by_registers, by_shared)
-    if limits.most_programs is not None:
-        programs = min(programs, limits.most_programs)
-    groups = programs // plan.programs
+    """Batch tiles and directions of one launch, all of whose programs are resident at once."""
+    groups = limits.places(plan.warps, plan.shared) // plan.programs
     directions = min(request.D, groups)
     return {"tiles": groups // directions if groups else 0, "directions": directions}

@@ -87,6 +87,7 @@ def prepare_forward(
     cells: bool = False,
     vectors: Tensor | None = None,
     target: GPUTarget | None = None,
+    result: ForwardResult | None = None,
 ) -> tuple[Launch, ForwardResult]:
     """What is to be launched for the recurrence of one layer, and what it will fill.
 
@@ -99,16 +100,17 @@ def prepare_forward(
             fastest. With save it is overwritten by what the step saves, see `cell.py`.
         weight_hh: [D, G * H, H] in torch's order, in the dtype of gates.
         bias_hn: [D, H], of a gate whose recurrent part has a slot of its own (n of a GRU).
-        h0: [D, B, H].
+        h0: [D, B, H], in the dtype of gates or fp32.
         c0: [D, B, K * H], all states beside h one after the other; None for a cell of one state.
         out: [N, D * H], written.
         save: whether a reverse sweep will follow.
         cells: whether c of all steps is wanted without save, too.
         vectors: [D, P, H], the cell's own parameters.
         target: what is compiled for; by default the current device.
+        result: memory to be filled; by default it is allocated.
     """
     D, N, H, _ = gates.shape
-    result = _outputs(sweep, N, D // sweep.heads, H * sweep.heads, out, save, cells)
+    result = result or _outputs(sweep, N, D // sweep.heads, H * sweep.heads, out, save, cells)
     tensors = {
         "gates": gates,
         "w": weight_hh,
@@ -163,6 +165,8 @@ def prepare_reverse(
     vectors: Tensor | None = None,
     *,
     target: GPUTarget | None = None,
+    result: Gradients | None = None,
+    partials: Tensor | None = None,
 ) -> tuple[Launch, Gradients]:
     """What is to be launched to go back through a recurrence, and what it will fill.
 
@@ -180,11 +184,13 @@ def prepare_reverse(
         dc_seq: gradient of c_seq [N, D * K * H], or None for zeros.
         vectors: as in the forward sweep.
         target: what is compiled for; by default the current device.
+        result: memory to be filled; by default it is allocated.
+        partials: of `partials_memory`; by default it is allocated.
     """
     cell, plan, options = sweep.cell, sweep.plan, sweep.options
     D, _, H = weight_hh.shape
     reads_out = cell.needs_h or not (cell.keeps_gates or options.zoned)
-    result = _gradients(sweep, D, H, weight_hh.dtype, out)
+    result = result or _gradients(sweep, D, H, weight_hh.dtype, out)
     tensors = {
         "gates": gates if cell.keeps_gates or options.zoned else None,
         "w": weight_hh,
@@ -203,7 +209,7 @@ def prepare_reverse(
         "restart_c": _like(options.restart_c, c_seq),
         "offsets": sweep.layout.offsets,
         "counters": None,
-        "partials": _partials(plan, sweep.layout.B, D, out),
+        "partials": partials_memory(plan, sweep.layout.B, D, out) if partials is None else partials,
     }
     own = {"zoneout": options.zoneout, "clip": options.clip, "scale": 1.0, "zero": 0}
     variant = reverse_variant(sweep, H, _target(sweep, out, target))
@@ -236,7 +242,7 @@ def _gradients(sweep: Sweep, D: int, H: int, dtype: torch.dtype, like: Tensor) -
     )
 
 
-def _partials(plan: Plan, B: int, D: int, like: Tensor) -> Tensor | None:
+def partials_memory(plan: Plan, B: int, D: int, like: Tensor) -> Tensor | None:
     """Memory through which the programs of a group exchange parts of dh."""
     if plan.programs == 1:
         return None

@@ -202,7 +202,8 @@ def stream_product(
         )
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
         x = tl.load(at + k, mask=(k < H) & running, other=0.0, cache_modifier=".cg")
-        acc = product(to_tf32(tile, PRECISION), to_tf32(x, PRECISION), acc, 1, 1, PRECISION)
+        x = to_tf32(x.to(tile.dtype), PRECISION)
+        acc = product(to_tf32(tile, PRECISION), x, acc, 1, 1, PRECISION)
     return acc
 
 
@@ -213,16 +214,17 @@ def load_h(
     H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
+    dtype: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """H of all units from a row of each sequence, in chunks [BLOCK_K, BLOCK_B].
+    """H of all units from a row of each sequence, in chunks [BLOCK_K, BLOCK_B] of a dtype.
 
     One load that is then cut: its latency counts once, and it crosses shared memory once.
     """
     C: tl.constexpr = 1 if CHUNKS == 1 else (2 if CHUNKS == 2 else (4 if CHUNKS <= 4 else 8))
     k = tl.arange(0, C * BLOCK_K)[:, None]
     x = tl.load(at + k, mask=(k < H) & running, other=0.0, cache_modifier=".cg")
-    x = to_tf32(x, PRECISION)
+    x = to_tf32(x.to(dtype), PRECISION)
     B: tl.constexpr = x.shape[1]
     if C == 1:
         chunks = (x,)

@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.engines.dispatch import Backend
+from fused_rnn.engines.wavefront.stack import StackLayer
+from fused_rnn.kernels.launch import LaunchRefused
 from fused_rnn.layers import recording, whole_stack
 from fused_rnn.layers.call import StackCall, describe, describe_layer, each_state, taken_apart
 from fused_rnn.layers.parameters import RecurrentModule, States
 from fused_rnn.ops import functional
+from fused_rnn.spec.batch import TracedLayout
 from fused_rnn.spec.cells import Cell
 from fused_rnn.spec.context import tracing
 from fused_rnn.spec.precision import without_autocast
@@ -54,7 +57,14 @@ def run_stack(module: RecurrentModule, call: StackCall) -> tuple[tuple[Tensor, .
     with nullcontext() if call.dtype is None else without_autocast(x.device):
         for number in range(module.num_layers):
             spec, inputs = describe_layer(module, call, number, x)
-            out, h_n, c_n, c_seq = functional.run(spec, inputs, module.backend)
+            if number == 0 and last > 0 and not isinstance(spec.layout, TracedLayout):
+                route = functional.route_of(spec, inputs, module.backend)
+                together = _overlapping(module, call, route)
+                if together is not None:
+                    return together
+                out, h_n, c_n, c_seq = functional.go(route, spec, inputs, module.backend)
+            else:
+                out, h_n, c_n, c_seq = functional.run(spec, inputs, module.backend)
             finals.append((h_n,) if c_n is None else (h_n, c_n))
             x = out
             if module.dropout > 0 and number < last:
@@ -65,6 +75,28 @@ def run_stack(module: RecurrentModule, call: StackCall) -> tuple[tuple[Tensor, .
     if last > 0:
         states = tuple([torch.cat(same) for same in zip(*finals, strict=True)])
     return sequences, taken_apart(states, cell)
+
+
+def _overlapping(
+    module: RecurrentModule, call: StackCall, route: functional.Route
+) -> tuple[tuple[Tensor, ...], States] | None:
+    """What :func:`run_stack` returns, of layers that overlap in time; None if they do not."""
+    wave = functional.wavefront_of(route, module.num_layers, dropout_between(module))
+    if isinstance(wave, str):
+        return None
+    like = route.inputs.x.new_empty(0, module.hidden_size)
+    above = [describe_layer(module, call, n, like) for n in range(1, module.num_layers)]
+    layers = [StackLayer(*layer) for layer in [(route.spec, route.inputs), *above]]
+    try:
+        out, h_n, c_n, _ = functional.run_stack(wave, layers)
+    except LaunchRefused:  # layer by layer smaller plans are tried
+        return None
+    return (out,), taken_apart((h_n,) if c_n is None else (h_n, c_n), module._cell)
+
+
+def dropout_between(module: RecurrentModule) -> float:
+    """The probability with which outputs between layers are dropped in a call."""
+    return module.dropout if module.training else 0.0
 
 
 class FusedRecurrent(FusedRNNBase):

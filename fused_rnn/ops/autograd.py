@@ -1,5 +1,7 @@
-"""The autograd function of one layer: it saves, restores, and hands over to an engine."""
+"""The autograd functions of a layer and of a stack: they save, restore, and call an engine."""
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -7,6 +9,9 @@ from torch import Tensor
 
 from fused_rnn.engines import reference
 from fused_rnn.engines.flops import counted
+from fused_rnn.engines.wavefront.backward import backward
+from fused_rnn.engines.wavefront.forward import forward
+from fused_rnn.engines.wavefront.stack import SavedLayer, StackLayer, Wavefront
 from fused_rnn.spec.context import forward_mode, vectorised
 from fused_rnn.spec.layer import (
     Engine,
@@ -68,3 +73,77 @@ def _differentiable(
         outputs, grads, inputs.flatten(), needs.flatten(), create_graph=create_graph
     )
     return InputGrads.restore(computed)
+
+
+class StackFunction(torch.autograd.Function):
+    """A stack: ``apply(wave, specs, *flat)`` returns out, h_n and c_n of all layers.
+
+    ``flat`` has the inputs of one layer after the other; x of all but the first stands for nothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, wave: Wavefront, specs: Sequence[LayerSpec], *flat: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Run the stack and keep what backward asks for."""
+        outputs = forward(wave, _layers(specs, flat), save=True)
+        ctx.wave, ctx.specs, ctx.count = wave, specs, len(flat)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*flat, *chain.from_iterable(outputs.saved))
+        return outputs.out, outputs.h_n, outputs.c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of all inputs; differentiable themselves under ``create_graph=True``."""
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        kept = ctx.saved_tensors
+        layers = _layers(ctx.specs, kept[: ctx.count])
+        width = len(SavedLayer._fields)
+        rest = [kept[i : i + width] for i in range(ctx.count, len(kept), width)]
+        saved = [SavedLayer(*fields) for fields in rest]
+        needs = [Needs.restore(part) for part in _parts(ctx.specs, ctx.needs_input_grad[2:])]
+        with without_autocast(layers[0].inputs.x.device):
+            if torch.is_grad_enabled() or forward_mode() or vectorised():
+                flat = _differentiable_stack(ctx.wave, layers, saved, grads, needs)
+            else:
+                computed = backward(ctx.wave, layers, saved, OutputGrads(*grads), needs)
+                flat = tuple(chain.from_iterable(g.flatten() for g in computed))
+        return None, None, *flat
+
+
+def _parts(specs: Sequence[LayerSpec], flat: Sequence[Any]) -> list[Sequence[Any]]:
+    """``flat`` by layers."""
+    width = len(flat) // len(specs)
+    return [flat[i : i + width] for i in range(0, len(flat), width)]
+
+
+def _layers(specs: Sequence[LayerSpec], flat: Sequence[Any]) -> list[StackLayer]:
+    parts = zip(specs, _parts(specs, flat), strict=True)
+    return [StackLayer(spec, LayerInputs.restore(part)) for spec, part in parts]
+
+
+def _differentiable_stack(
+    wave: Wavefront,
+    layers: Sequence[StackLayer],
+    saved: Sequence[SavedLayer],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[Needs],
+) -> tuple[Tensor | None, ...]:
+    """As :func:`_differentiable`, of a stack."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        copies = [inputs.map(lambda t: t.view_as(t)) for _, inputs in layers]
+        x, finals = copies[0].x, []
+        for (spec, _), inputs, kept in zip(layers, copies, saved, strict=True):
+            outputs = reference.run(spec, inputs._replace(x=x))
+            finals.append(outputs)
+            x = outputs.out
+            if kept.mask is not None:
+                x = x * kept.mask * wave.scale
+        h_n = torch.cat([outputs.h_n for outputs in finals])
+        c_n = [outputs.c_n for outputs in finals if outputs.c_n is not None]
+    stack = Outputs(x, h_n, torch.cat(c_n) if c_n else None)
+    flat = tuple(chain.from_iterable(inputs.flatten() for inputs in copies))
+    wanted = tuple(chain.from_iterable(need.flatten() for need in needs))
+    return reference.gradients(stack, OutputGrads(*grads), flat, wanted, create_graph=create_graph)

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,8 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_rnn.engines.dispatch import Backend, Choice, choose
 from fused_rnn.engines.flops import counted
+from fused_rnn.engines.triton.engine import TritonEngine
+from fused_rnn.engines.wavefront.forward import forward
+from fused_rnn.engines.wavefront.stack import StackLayer, Wavefront, wavefront
+from fused_rnn.engines.wavefront.streams import overlaps
 from fused_rnn.ops import operators, segments, transforms
-from fused_rnn.ops.autograd import LayerFunction
+from fused_rnn.ops.autograd import LayerFunction, StackFunction
 from fused_rnn.ops.segments import Segments
 from fused_rnn.spec.batch import BatchLayout, TracedLayout
 from fused_rnn.spec.cells import Cell
@@ -187,7 +192,11 @@ def run(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Outputs:
     """
     if isinstance(spec.layout, TracedLayout):
         return operators.run(spec, inputs, backend)
-    route = route_of(spec, inputs, backend)
+    return go(route_of(spec, inputs, backend), spec, inputs, backend)
+
+
+def go(route: Route, spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Outputs:
+    """Run one layer by its route, that of :func:`route_of` for the same arguments."""
     engine = route.choice.engine
     if route.way == "transformed":
         return transforms.run(spec, inputs, backend, engine)
@@ -198,6 +207,50 @@ def run(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Outputs:
     else:
         outputs, _ = counted(engine).forward(route.spec, route.inputs, save=False)
     return outputs if route.segments is None else route.segments.outputs(outputs, inputs)
+
+
+def wavefront_of(route: Route, layers: int, dropout: float) -> Wavefront | str:
+    """How a stack of layers overlaps whose first one goes by ``route``; or why it does not.
+
+    Args:
+        route: of the first layer.
+        layers: of the stack, each as the first.
+        dropout: probability with which the output of each layer but the last is dropped.
+    """
+    engine, spec, x = route.choice.engine, route.spec, route.inputs.x
+    if not isinstance(engine, TritonEngine) or route.way == "transformed":
+        return f"{route.choice.backend} runs them"
+    if refusal := apart(spec):
+        return refusal
+    if route.segments is not None:
+        return "segments are packed layer by layer"
+    if not overlaps(x.device):
+        return f"there are no streams on {x.device}"
+    if torch._C._len_torch_dispatch_stack():
+        return "something watches each operation"
+    return wavefront(engine, spec, x, layers, dropout)
+
+
+def apart(spec: LayerSpec) -> str | None:
+    """Why the layers of a stack cannot overlap, each like ``spec``, wherever they run."""
+    if spec.directions > 1:
+        return "a layer of two directions ends at both ends of time"
+    if spec.recompute:
+        return "recompute=True keeps the gates of one layer at a time"
+    if spec.heads > 1:
+        return "it has heads"
+    if spec.options is not None:
+        return "it does what torch.nn's layers cannot"
+    return None
+
+
+def run_stack(wave: Wavefront, layers: Sequence[StackLayer]) -> Outputs:
+    """Run a stack whose layers overlap; autocast is off."""
+    flat = list(chain.from_iterable(inputs.flatten() for _, inputs in layers))
+    if not (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in flat])):
+        return Outputs(*forward(wave, layers, save=False)[:3])
+    specs = [spec for spec, _ in layers]
+    return Outputs(*StackFunction.apply(wave, specs, *flat))
 
 
 def _without_engine(route: Route) -> Outputs:

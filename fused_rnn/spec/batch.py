@@ -59,6 +59,37 @@ class BatchLayout:
     def _ragged_rows(self) -> int:
         return sum(self.batch_sizes or ())
 
+    def pieces(self, steps: int) -> "tuple[tuple[int, BatchLayout], ...]":
+        """The layout cut into pieces of so many steps, each with its first row.
+
+        A piece has the sequences that are running at its first step.
+        """
+        sizes, B = self.batch_sizes, self.B
+        if sizes is None:
+            starts = range(0, self.T, steps)
+            return tuple([(t * B, BatchLayout(min(steps, self.T - t), B)) for t in starts])
+        row, pieces = 0, []
+        for t in range(0, self.T, steps):
+            piece = BatchLayout(min(steps, self.T - t), sizes[t], sizes[t : t + steps])
+            pieces.append((row, piece))
+            row += piece.N
+        return tuple(pieces)
+
+    def offsets_at_once(self, pieces: "Sequence[BatchLayout]", device: torch.device) -> None:
+        """Bring the offsets of pieces to a device in one copy, where they have any."""
+        if self.batch_sizes is None:
+            return
+        width = pieces[0].T + 1 + (pieces[0].T + 1) % 2  # each begins at 16 bytes
+
+        def make() -> Tensor:
+            rows = [(0, *accumulate(p.batch_sizes or ())) for p in pieces]
+            padded = [(*row, *[0] * (width - len(row))) for row in rows]
+            return to_device(torch.tensor(padded), device)
+
+        together = self._once(("offsets of pieces", pieces[0].T, device), make)
+        for piece, row in zip(pieces, together.unbind(), strict=True):
+            piece._kept["offsets", device] = row[: piece.T + 1]
+
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Views of ``tensor`` [N, ...], one per time step."""
         return torch.split(tensor, self.B if self.batch_sizes is None else list(self.batch_sizes))

@@ -14,9 +14,10 @@ from fused_rnn.engines.triton import support
 from fused_rnn.engines.triton.plans import planned
 from fused_rnn.engines.triton.products import plan_request
 from fused_rnn.kernels.chips import LIMITS
+from fused_rnn.kernels.pieces import Cuts, cut_stack
 from fused_rnn.kernels.plan import DoesNotFit
 from fused_rnn.layers import whole_stack
-from fused_rnn.layers.base import FusedRecurrent, FusedRNNBase
+from fused_rnn.layers.base import FusedRecurrent, FusedRNNBase, dropout_between
 from fused_rnn.layers.call import describe, describe_layer
 from fused_rnn.layers.lstm import FusedLSTM
 from fused_rnn.layers.rnn import FusedGRU
@@ -128,10 +129,11 @@ def explain(
         record = torch.is_grad_enabled() and any(
             [t is not None and t.requires_grad for t in inputs.flatten()]
         )
+        dropout = dropout_between(layer)
         if gpu is None:
-            choice = _here(spec, inputs, layer.backend)
+            choice = _here(spec, inputs, layer.backend, layer.num_layers, dropout)
         else:
-            choice = _on_gpu(spec, inputs.x.dtype, record, layer.backend, gpu)
+            choice = _on_gpu(spec, inputs.x.dtype, record, layer.backend, gpu, layer.num_layers)
         explanations.append(Explanation(number, *choice))
         # In the place of the layer's output, of which only this much counts.
         like = inputs.x.new_empty((), requires_grad=record)
@@ -139,15 +141,31 @@ def explain(
     return Explanations(explanations)
 
 
-def _here(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> tuple[str, str]:
-    """The backend that runs a layer on this machine, and the reason."""
+def _here(
+    spec: LayerSpec, inputs: LayerInputs, backend: Backend, layers: int, dropout: float
+) -> tuple[str, str]:
+    """The backend that runs a layer of a stack on this machine, and the reason."""
     route = functional.route_of(spec, inputs, backend)
-    prefix = "" if route.segments is None else "segments as a packed batch, "
-    return route.choice.backend, prefix + route.choice.reason
+    reason = "" if route.segments is None else "segments as a packed batch, "
+    reason += route.choice.reason
+    if layers > 1 and route.choice.backend == "triton":
+        wave = functional.wavefront_of(route, layers, dropout)
+        reason += _together(wave if isinstance(wave, str) else wave.cuts)
+    return route.choice.backend, reason
+
+
+def _together(how: Cuts | str) -> str:
+    """How the layers of a stack share the time, or why they do not."""
+    return f"; one layer after the other: {how}" if isinstance(how, str) else f"; {how}"
 
 
 def _on_gpu(
-    spec: LayerSpec, dtype: torch.dtype, record: bool, backend: Backend, gpu: int | str
+    spec: LayerSpec,
+    dtype: torch.dtype,
+    record: bool,
+    backend: Backend,
+    gpu: int | str,
+    layers: int,
 ) -> tuple[str, str]:
     """What runs on a GPU that need not be here, be it asked for by name or by "auto"."""
     torchs = native.why_not(spec, torch.device("cuda"))
@@ -164,7 +182,14 @@ def _on_gpu(
     saving = record and spec.recompute
     if backend == "auto" and not (torchs or saving or isinstance(gpu, str)):
         faster = native_rules.suits_gpu(request, plan, spec.layout, record)
-    return ("native", native.because(faster)) if faster else ("triton", plan.reason)
+    if faster:
+        return "native", native.because(faster)
+    if layers == 1:
+        return "triton", plan.reason
+    how: Cuts | str = functional.apart(spec) or "not on AMD GPUs"
+    if isinstance(gpu, int) and not functional.apart(spec):
+        how = cut_stack(request, plan, layers, spec.layout.T, LIMITS[gpu])
+    return "triton", plan.reason + _together(how)
 
 
 def _instead(torchs: str | None, refusal: str) -> tuple[str, str]:

@@ -63,7 +63,7 @@ class TritonEngine:
         inputs = contiguous(inputs)
         x, h0, c0, weights, _ = inputs
         cells = spec.options is not None and spec.options.cells
-        with _device_and_precision(x, self.precision):
+        with device_and_precision(x, self.precision):
             gates = project(spec, x, weights)
             w_hh, b_hn = recurrent_weights(spec, weights), recurrent_bias(spec, weights)
             out = x.new_empty(x.shape[0], spec.directions * h0.shape[-1])
@@ -79,7 +79,7 @@ class TritonEngine:
         outputs = Outputs(out, result.h_n, result.c_n, wanted)
         if not save:
             return outputs, ()
-        keep_gates = _needs_gates(spec) and not spec.recompute
+        keep_gates = needs_gates(spec) and not spec.recompute
         # What only a group's own product needs is not saved: whether there is a group depends on B,
         # which a tracer that has to know what is saved does not.
         operand = result.operand if _saves_operand(inputs.options) else None
@@ -88,7 +88,7 @@ class TritonEngine:
     def saved_specs(self, spec: LayerSpec, inputs: LayerInputs) -> Specs:
         """Of the gates, c of all steps, and the operands of the recurrent product."""
         x, D, H, K = inputs.x, spec.directions, spec.hidden_size, kernel_cell(spec).states - 1
-        k, keep_gates = spec.heads, _needs_gates(spec) and not spec.recompute
+        k, keep_gates = spec.heads, needs_gates(spec) and not spec.recompute
         return (
             ((D * k, x.shape[0], H // k, kernel_cell(spec).slots), x.dtype) if keep_gates else None,
             None if inputs.c0 is None else ((x.shape[0], D * K * H), torch.float32),
@@ -108,8 +108,8 @@ class TritonEngine:
         inputs = contiguous(inputs)
         x, h0, c0, weights, _ = inputs
         gates, c_seq, operand = saved
-        with _device_and_precision(x, self.precision):
-            if gates is None and _needs_gates(spec):
+        with device_and_precision(x, self.precision):
+            if gates is None and needs_gates(spec):
                 gates = rebuild_gates(spec, inputs, out, c_seq, operand)
             given = [None if g is None else g.contiguous() for g in grads]
             w_hh = recurrent_weights(spec, weights)
@@ -176,7 +176,7 @@ class TritonEngine:
                 refusal, refused = another, plan
 
 
-def _needs_gates(spec: LayerSpec) -> bool:
+def needs_gates(spec: LayerSpec) -> bool:
     """Whether backward needs the gates.
 
     A cell that does not keep them finds them in the output, except under zoneout.
@@ -211,7 +211,7 @@ def _sweep_options(spec: LayerSpec, options: OptionTensors) -> SweepOptions:
     )
 
 
-def _device_and_precision(x: Tensor, precision: Precision) -> AbstractContextManager[Any]:
+def device_and_precision(x: Tensor, precision: Precision) -> AbstractContextManager[Any]:
     """Make the device of a tensor the current one, and set the precision of fp32 products there."""
     if not x.is_cuda:
         return nullcontext()

@@ -103,7 +103,7 @@ def project(spec: LayerSpec, x: Tensor, weights: tuple[Weights, ...]) -> Tensor:
 
 def _project(spec: LayerSpec, x: Tensor, w: Weights, out: Tensor | None) -> Tensor:
     """Of one direction: [N, H * S], or with heads [k, N, H/k * S]."""
-    w_ih, bias = _by_unit(spec, w)
+    w_ih, bias = by_unit(spec, w)
     if spec.heads > 1:
         w_ih = w_ih.view(spec.heads, -1, x.shape[1]).transpose(1, 2)
         rows = x.expand(spec.heads, *x.shape)
@@ -115,7 +115,7 @@ def _project(spec: LayerSpec, x: Tensor, w: Weights, out: Tensor | None) -> Tens
     return torch.addmm(bias, x, w_ih.t(), out=out)
 
 
-def _by_unit(spec: LayerSpec, w: Weights, biases: bool = True) -> tuple[Tensor, Tensor | None]:
+def by_unit(spec: LayerSpec, w: Weights, biases: bool = True) -> tuple[Tensor, Tensor | None]:
     """The input weights and the biases, which share them, in the order of the gate buffer."""
     from fused_rnn.kernels.pack import pack
 
@@ -143,7 +143,7 @@ def gradients(
         slots = result.dgates[d * k : (d + 1) * k].view(k, N, -1)
         if needs.x:
             flat = slots[0] if k == 1 else slots.transpose(0, 1).reshape(N, -1)
-            w_ih, _ = _by_unit(spec, w, biases=False)
+            w_ih, _ = by_unit(spec, w, biases=False)
             dx = flat @ w_ih if dx is None else dx.addmm_(flat, w_ih)
         grads = _weight_gradients(spec, inputs, out, operand, slots, need, d)
         if dvectors is not None and need.vectors:
@@ -162,9 +162,7 @@ def _weight_gradients(
     d: int,
 ) -> WeightGrads:
     """Those of one direction's weights and biases, from those of its slots [k, N, H/k * S]."""
-    from fused_rnn.kernels.pack import unpack
-
-    x, cell = inputs.x, kernel_cell(spec)
+    x = inputs.x
     dw_ih = dw_hh = None
     if need.w_ih and spec.heads > 1:
         dw_ih = torch.bmm(slots.transpose(1, 2), x.expand(spec.heads, *x.shape)).flatten(0, 1)
@@ -173,6 +171,20 @@ def _weight_gradients(
     if need.w_hh:
         dw_hh = _recurrent_gradient(spec, inputs, out, operand, slots, d)
     db = slots.sum(1).flatten() if need.b_ih or need.b_hh else None
+    return parameter_gradients(spec, dw_ih, dw_hh, db, need)
+
+
+def parameter_gradients(
+    spec: LayerSpec,
+    dw_ih: Tensor | None,
+    dw_hh: Tensor | None,
+    db: Tensor | None,
+    need: WeightNeeds,
+) -> WeightGrads:
+    """Those of one direction in torch's order, from those whose rows are in that of the buffer."""
+    from fused_rnn.kernels.pack import unpack
+
+    cell = kernel_cell(spec)
     if cell.slots == 1:  # the two biases have one gradient
         return WeightGrads(dw_ih, dw_hh, db if need.b_ih else None, db if need.b_hh else None)
     biases = need.b_ih, need.b_hh
@@ -202,6 +214,16 @@ def _recurrent_gradient(
     before = by_head(spec, operand_of(spec, inputs, out, operand, d))
     rows = torch.bmm(slots.transpose(1, 2), before).unflatten(1, (-1, cell.slots))
     return torch.stack([rows[:, :, slot] for slot in cell.h_slots], 1).flatten(1, 2)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a^T b`` to a total, which may be in fp32 where they are not."""
+    if total.dtype == a.dtype:
+        total.addmm_(a.t(), b)
+    elif a.is_cuda:
+        torch.addmm(total, a.t(), b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.t().to(total.dtype), b.to(total.dtype))
 
 
 def operand_of(

@@ -1,0 +1,206 @@
+"""Forward through a stack: a layer runs a piece of time once the layer below has run it.
+
+The matrix products run on the current stream, in the order in which their inputs come to be, and
+the sweeps of each layer on a stream beside it. All memory is allocated on the current stream. What
+no backward needs has memory for two pieces.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_rnn.engines.triton.engine import device_and_precision, needs_gates
+from fused_rnn.engines.triton.products import (
+    by_unit,
+    contiguous,
+    kernel_cell,
+    own_vectors,
+    recurrent_bias,
+    recurrent_weights,
+)
+from fused_rnn.engines.wavefront.stack import (
+    Piece,
+    Rows,
+    SavedLayer,
+    StackLayer,
+    Wavefront,
+    cut_into_pieces,
+    part,
+)
+from fused_rnn.engines.wavefront.streams import Event, Streams
+from fused_rnn.kernels.launch import Launch, launch, zero_counters
+from fused_rnn.kernels.sweeps import ForwardResult, prepare_forward
+
+
+class StackOutputs(NamedTuple):
+    """What a stack returns.
+
+    Attributes:
+        out: [N, H].
+        h_n: [L, B, H].
+        c_n: [L, B, K * H], or None for a cell of one state.
+        saved: for backward, of each layer.
+    """
+
+    out: Tensor
+    h_n: Tensor
+    c_n: Tensor | None
+    saved: tuple[SavedLayer, ...]
+
+
+def forward(wave: Wavefront, layers: Sequence[StackLayer], save: bool) -> StackOutputs:
+    """Run a stack; with ``save`` also return what backward needs."""
+    layers = [StackLayer(spec, contiguous(inputs)) for spec, inputs in layers]
+    x, last = layers[0].inputs.x, len(layers) - 1
+    with device_and_precision(x, wave.engine.precision):
+        pieces = cut_into_pieces(layers[0].spec.layout, wave.cuts.forward, x.device)
+        masks = _masks(wave, layers, x)
+        h, c = _initial(layers)
+        stack = []
+        for n, (layer, mask) in enumerate(zip(layers, masks, strict=True)):
+            states = h[n : n + 1], None if c is None else c[n : n + 1]
+            stack.append(_Layer(wave, layer, pieces, states, mask, save, save or n == last))
+        with Streams(x.device, wave.cuts.forward.streams) as streams:
+            _run(stack, pieces, Rows(pieces, x, x.shape[1], x), streams)
+        out = stack[last].out.whole
+        assert out is not None
+        saved: list[SavedLayer] = []
+        below: Tensor | None = x
+        for way in stack if save else ():
+            assert below is not None
+            saved.append(way.saved(below))
+            below = (way.dropped or way.out).whole
+        return StackOutputs(out, h.to(x.dtype), None if c is None else c.to(x.dtype), tuple(saved))
+
+
+def _initial(layers: Sequence[StackLayer]) -> tuple[Tensor, Tensor | None]:
+    """The initial states of all layers, h and c, as a copy in fp32."""
+    h = torch.cat([inputs.h0 for _, inputs in layers]).to(torch.float32)
+    c = [inputs.c0 for _, inputs in layers if inputs.c0 is not None]
+    return h, torch.cat(c).to(torch.float32) if c else None
+
+
+def _masks(wave: Wavefront, layers: Sequence[StackLayer], x: Tensor) -> list[Tensor | None]:
+    """What dropout behind each layer lets pass: what it would, of all its rows at once."""
+    masks: list[Tensor | None] = [None] * len(layers)
+    if wave.dropout > 0:
+        for number, (spec, _) in enumerate(layers[:-1]):
+            ones = x.new_ones(spec.layout.N, spec.hidden_size)
+            masks[number] = F.dropout(ones, wave.dropout, True) != 0
+    return masks
+
+
+def _run(stack: "Sequence[_Layer]", pieces: Sequence[Piece], x: Rows, streams: Streams) -> None:
+    """All products and launches, in the order in which their inputs come to be."""
+    count = stack[0].wave.cuts.forward.streams
+    done: dict[tuple[int, int], Event] = {}
+
+    def product(n: int, piece: Piece) -> None:
+        stack[n].project(piece, x[piece] if n == 0 else stack[n - 1].passed_on(piece))
+
+    for n, piece in _wave(len(stack), pieces):
+        p = piece.number
+        # The input of the piece, and the memory of its gates, which was that of two pieces ago.
+        after = [done[key] for key in ((n - 1, p), (n, p - 2)) if key in done]
+        ready = streams.run(lambda n=n, piece=piece: product(n, piece), None, *after)  # type: ignore[misc]
+        sweep = lambda n=n, piece=piece: stack[n].run(piece)  # noqa: E731
+        done[n, p] = streams.run(sweep, n % count, ready)
+
+
+def _wave(layers: int, pieces: Sequence[Piece]) -> Iterator[tuple[int, Piece]]:
+    """Layers and their pieces: front after front, whose members know nothing of each other."""
+    for front in range(layers + len(pieces) - 1):
+        for n in range(layers):
+            if 0 <= front - n < len(pieces):
+                yield n, pieces[front - n]
+
+
+class _Layer:
+    """One layer on its way through time: its memory, its products and its sweeps."""
+
+    def __init__(
+        self,
+        wave: Wavefront,
+        layer: StackLayer,
+        pieces: Sequence[Piece],
+        states: tuple[Tensor, Tensor | None],
+        mask: Tensor | None,
+        save: bool,
+        keep_out: bool,
+    ) -> None:
+        self.wave, (self.spec, inputs), self.save = wave, layer, save
+        self.h, self.c = states  # from piece to piece, each of which overwrites them
+        plan, cell, H, x = wave.engine.plan, kernel_cell(self.spec), self.spec.hidden_size, inputs.x
+        N, B = self.spec.layout.N, self.spec.layout.B
+
+        def rows(width: int, keep: bool, dtype: torch.dtype = x.dtype) -> Rows:
+            whole = x.new_empty(N, width, dtype=dtype) if keep else None
+            return Rows(pieces, whole, width, x)
+
+        self.mask = None if mask is None else Rows(pieces, mask, H, x)
+        self.gates = rows(H * cell.slots, save)
+        self.out = rows(H, keep_out)
+        self.dropped = None if mask is None else rows(H, save)
+        beside = (cell.states - 1) * H
+        self.c_seq = rows(beside, True, torch.float32) if beside and save else None
+        ragged = self.spec.layout.batch_sizes is not None
+        self.operand = rows(H, False) if plan.programs > 1 and ragged else None
+        self.w_ih, self.bias = by_unit(self.spec, inputs.weights[0])
+        self.w_hh = recurrent_weights(self.spec, inputs.weights)
+        self.b_hn = recurrent_bias(self.spec, inputs.weights)
+        self.vectors = own_vectors(inputs.weights)
+        self.launched: Launch | None = None
+        self.kernel: Any = None
+        self.counters: Sequence[Tensor] | None = None
+        if plan.programs > 1:
+            self.counters = zero_counters(plan, B, 1, x.device, len(pieces)).unbind()
+
+    def project(self, piece: Piece, x: Tensor) -> None:
+        """The input product of a piece."""
+        if self.bias is None:
+            torch.mm(x, self.w_ih.t(), out=self.gates[piece])
+        else:
+            torch.addmm(self.bias, x, self.w_ih.t(), out=self.gates[piece])
+
+    def run(self, piece: Piece) -> None:
+        """The sweep through a piece."""
+        layout, h, c, out = piece.layout, self.h, self.c, self.out[piece]
+        gates, c_seq, operand = (
+            self.gates[piece],
+            part(self.c_seq, piece),
+            part(self.operand, piece),
+        )
+        counters = None if self.counters is None else self.counters[piece.number]
+        if self.launched is not None and self.kernel is not None:
+            offsets = layout.offsets(h.device)
+            other = {"gates": gates, "out": out, "c_seq": c_seq, "operand_seq": operand}
+            other |= {"offsets": offsets, "counters": counters}
+            self.launched.again(self.kernel, other, layout.T, layout.B)
+            return
+        sweep = self.wave.sweep(self.spec, piece, h.device)
+        gates = gates.view(1, layout.N, self.spec.hidden_size, sweep.cell.slots)
+        self.launched, _ = prepare_forward(
+            sweep,
+            *(gates, self.w_hh, self.b_hn, h, c, out, self.save, False, self.vectors),
+            result=ForwardResult(h, c, c_seq, operand),
+        )
+        self.launched.tensors["counters"] = counters
+        self.kernel = launch(self.launched)
+
+    def passed_on(self, piece: Piece) -> Tensor:
+        """What the layer above takes of a piece."""
+        if self.mask is None or self.dropped is None:
+            return self.out[piece]
+        dropped = self.dropped[piece]
+        return torch.mul(self.out[piece], self.mask[piece], out=dropped).mul_(self.wave.scale)
+
+    def saved(self, x: Tensor) -> SavedLayer:
+        """What backward needs; x is the input."""
+        assert self.out.whole is not None
+        gates = self.gates.whole if needs_gates(self.spec) else None
+        c_seq = None if self.c_seq is None else self.c_seq.whole
+        mask = None if self.mask is None else self.mask.whole
+        return SavedLayer(x, self.out.whole, gates, c_seq, mask)

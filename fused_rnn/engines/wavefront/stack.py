@@ -1,0 +1,128 @@
+"""What both ways through a stack share: its layers, the pieces of time, and the rows of a piece."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rnn.engines.triton import devices
+from fused_rnn.engines.triton.engine import TritonEngine
+from fused_rnn.engines.triton.products import kernel_cell, plan_request
+from fused_rnn.kernels.pieces import Cut, Cuts, cut_stack
+from fused_rnn.kernels.sweep import DeviceLayout, Sweep
+from fused_rnn.spec.batch import BatchLayout
+from fused_rnn.spec.layer import LayerInputs, LayerSpec
+
+
+class StackLayer(NamedTuple):
+    """A layer of a stack; x is that of the first layer, in the others it stands for nothing."""
+
+    spec: LayerSpec
+    inputs: LayerInputs
+
+
+class SavedLayer(NamedTuple):
+    """What backward needs of a layer beside its inputs.
+
+    Attributes:
+        x: the input rows [N, I].
+        out: [N, H].
+        gates: [N, H * S] as the forward sweep leaves them, or None for a cell that keeps none.
+        c_seq: fp32 [N, K * H], or None for a cell of one state.
+        mask: bool [N, H], what dropout behind the layer let pass, or None.
+    """
+
+    x: Tensor
+    out: Tensor
+    gates: Tensor | None
+    c_seq: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Wavefront:
+    """How a stack runs.
+
+    Attributes:
+        engine: that of each layer.
+        cuts: of both sweeps.
+        dropout: probability with which the output of each layer but the last is dropped.
+    """
+
+    engine: TritonEngine
+    cuts: Cuts
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """The factor of what dropout lets pass."""
+        return 0.0 if self.dropout == 1 else 1 / (1 - self.dropout)
+
+    def sweep(self, spec: LayerSpec, piece: "Piece", device: torch.device) -> Sweep:
+        """A sweep through a piece of a layer."""
+        T, B, N = piece.layout.T, piece.layout.B, piece.layout.N
+        layout = DeviceLayout(T, B, N, piece.layout.offsets(device))
+        return Sweep(kernel_cell(spec), layout, (False,), self.engine.precision, self.engine.plan)
+
+
+def wavefront(
+    engine: TritonEngine, spec: LayerSpec, x: Tensor, layers: int, dropout: float
+) -> Wavefront | str:
+    """How a stack of layers like ``spec`` overlaps; or why they run one after the other."""
+    chip = devices.kernel_device(x.device)
+    assert chip is not None
+    request = plan_request(spec, x.dtype, engine.precision)
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    limits = devices.device_limits(chip)
+    cuts = cut_stack(request, engine.plan, layers, spec.layout.T, limits, captured=captured)
+    return Wavefront(engine, cuts, dropout) if cuts.overlap else str(cuts)
+
+
+class Piece(NamedTuple):
+    """Steps that run in one launch.
+
+    Attributes:
+        number: from 0 at the first step.
+        row: the first one, of those of all steps.
+        layout: where its rows lie, from that one on.
+    """
+
+    number: int
+    row: int
+    layout: BatchLayout
+
+
+def cut_into_pieces(layout: BatchLayout, cut: Cut, device: torch.device) -> list[Piece]:
+    """The pieces of a layout, with their offsets on the device."""
+    parts = layout.pieces(cut.steps)
+    layout.offsets_at_once([piece for _, piece in parts], device)
+    return [Piece(number, *part) for number, part in enumerate(parts)]
+
+
+class Rows:
+    """Rows [N, width] piece by piece; or memory for those of two pieces, which take turns.
+
+    Attributes:
+        whole: all of them, or None.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], whole: Tensor | None, width: int, like: Tensor
+    ) -> None:
+        sizes = [piece.layout.N for piece in pieces]
+        self.whole = whole
+        if whole is not None:
+            self._parts: Sequence[Tensor] = whole.split(sizes)
+        else:
+            slots = like.new_empty(2, max(sizes), width).unbind()
+            self._parts = tuple([slots[n % 2][:size] for n, size in enumerate(sizes)])
+
+    def __getitem__(self, piece: Piece) -> Tensor:
+        return self._parts[piece.number]
+
+
+def part(rows: Rows | None, piece: Piece) -> Tensor | None:
+    """The rows of a piece, if there are any."""
+    return None if rows is None else rows[piece]

@@ -142,7 +142,7 @@ def recorded_layers() -> list[Callable[[], None]]:
     found: list[Callable[[], None]] = []
     functional, layer = _module("ops.functional"), _module("spec.layer")
 
-    def run(spec: Any, inputs: Any, backend: Any) -> Any:
+    def run(spec: Any, inputs: Any, backend: Any, route: Any = None) -> Any:
         save = torch.is_grad_enabled()
         with torch.enable_grad():  # the choice is that of training
             engine = functional.route_of(spec, inputs, backend).choice.engine

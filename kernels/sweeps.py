@@ -187,15 +187,14 @@ def prepare_reverse(
         result: memory to be filled; by default it is allocated.
         partials: of `partials_memory`; by default it is allocated.
     """
-    cell, plan, options = sweep.cell, sweep.plan, sweep.options
-    D, _, H = weight_hh.shape
-    reads_out = cell.needs_h or not (cell.keeps_gates or options.zoned)
+    cell, plan, options, (D, _, H) = sweep.cell, sweep.plan, sweep.options, weight_hh.shape
+    keeps = cell.keeps_gates or options.zoned
     result = result or _gradients(sweep, D, H, weight_hh.dtype, out)
     tensors = {
-        "gates": gates if cell.keeps_gates or options.zoned else None,
+        "gates": gates if keeps else None,
         "w": weight_hh,
         "vectors": vectors,
-        "out": out if reads_out else None,
+        "out": out if cell.needs_h or not keeps else None,
         "c_seq": c_seq,
         "h0": _like(h0, out) if cell.needs_h else None,
         "c0": _like(c0, c_seq),
@@ -204,16 +203,21 @@ def prepare_reverse(
         "dh_n": dh_n,
         "dc_n": dc_n,
         **result._asdict(),
-        **options.tensors(),
-        "restart_h": _like(options.restart_h, out) if cell.needs_h else None,
-        "restart_c": _like(options.restart_c, c_seq),
-        "offsets": sweep.layout.offsets,
+        **_reverse_options(sweep, out, c_seq),
         "counters": None,
         "partials": partials_memory(plan, sweep.layout.B, D, out) if partials is None else partials,
     }
-    own = {"zoneout": options.zoneout, "clip": options.clip, "scale": 1.0, "zero": 0}
+    numbers = {"zoneout": options.zoneout, "clip": options.clip, "scale": 1.0, "zero": 0}
     variant = reverse_variant(sweep, H, _target(sweep, out, target))
-    return Launch(variant, plan, D, out.device, tensors, own | sweep.numbers()), result
+    return Launch(variant, plan, D, out.device, tensors, numbers | sweep.numbers()), result
+
+
+def _reverse_options(sweep: Sweep, out: Tensor, c_seq: Tensor | None) -> dict[str, Tensor | None]:
+    """The tensors of options and layout; states in the types of those of all steps."""
+    options = sweep.options
+    restart_h = _like(options.restart_h, out) if sweep.cell.needs_h else None
+    restarts = {"restart_h": restart_h, "restart_c": _like(options.restart_c, c_seq)}
+    return options.tensors() | restarts | {"offsets": sweep.layout.offsets}
 
 
 def _like(state: Tensor | None, others: Tensor | None) -> Tensor | None:

@@ -57,14 +57,13 @@ def run_stack(module: RecurrentModule, call: StackCall) -> tuple[tuple[Tensor, .
     with nullcontext() if call.dtype is None else without_autocast(x.device):
         for number in range(module.num_layers):
             spec, inputs = describe_layer(module, call, number, x)
+            route = None
             if number == 0 and last > 0 and not isinstance(spec.layout, TracedLayout):
                 route = functional.route_of(spec, inputs, module.backend)
                 together = _overlapping(module, call, route)
                 if together is not None:
                     return together
-                out, h_n, c_n, c_seq = functional.go(route, spec, inputs, module.backend)
-            else:
-                out, h_n, c_n, c_seq = functional.run(spec, inputs, module.backend)
+            out, h_n, c_n, c_seq = functional.run(spec, inputs, module.backend, route)
             finals.append((h_n,) if c_n is None else (h_n, c_n))
             x = out
             if module.dropout > 0 and number < last:

@@ -183,8 +183,16 @@ def route_of(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Route:
     return Route("recorded" if record else "plain", choice, spec, inputs, parts)
 
 
-def run(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Outputs:
+def run(
+    spec: LayerSpec, inputs: LayerInputs, backend: Backend, route: Route | None = None
+) -> Outputs:
     """Run one layer, as :func:`describe` returns it; autocast is off.
+
+    Args:
+        spec: the layer.
+        inputs: its tensors.
+        backend: what the user asks for.
+        route: what :func:`route_of` said of these, if it has been asked.
 
     Raises:
         RuntimeError: ``backend`` cannot run this layer.
@@ -192,11 +200,7 @@ def run(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Outputs:
     """
     if isinstance(spec.layout, TracedLayout):
         return operators.run(spec, inputs, backend)
-    return go(route_of(spec, inputs, backend), spec, inputs, backend)
-
-
-def go(route: Route, spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Outputs:
-    """Run one layer by its route, that of :func:`route_of` for the same arguments."""
+    route = route or route_of(spec, inputs, backend)
     engine = route.choice.engine
     if route.way == "transformed":
         return transforms.run(spec, inputs, backend, engine)

@@ -33,8 +33,8 @@ def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
         0.855 us     release to acquire among 32 programs, measured on an H100: 0.64 among 2 to 8,
                      0.83 among 16, 0.96 among 132, but steps of small groups do not gain the
                      difference. `python -m fused_rnn.check --remember` measures it on another GPU
-        7 cycles     one mma.sync where many are independent (6.3 on the H100, 8 on the A100): of fp32
-                     in parts there are six for one, in two chains of three
+        7 cycles     one mma.sync of many that do not depend on each other (6.3 on the H100, 8 on
+                     the A100); of fp32 in parts there are six for one, in two chains of three
         11 cycles    to split two elements of an operand into parts, which every warp does by itself
         400 cycles   block barriers, conversions between layouts; 150 more where there are more
                      threads than units, 50 per tile of weights, 35 per slot and sequence of a

@@ -179,7 +179,8 @@ def _persistent_shared(
 def _cooperative(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
     """A group whose weights stay on the chip."""
     H, itemsize = request.H, operand_bytes(request, limits)
-    rows = 8 if request.cell.gates == 4 else 16  # units that fill an mma tile of 16 rows: of GRU's n, 16
+    # Units that fill an mma tile of 16 rows: of GRU's n, 16.
+    rows = 8 if request.cell.gates == 4 else 16
     few = (8,) if itemsize == PARTS_BYTES else ()  # in parts, weights take so many registers
     for block_h, warps in product((*few, 16, 32, 64), (2, 4, 8)):
         gates = request.cell.gates

@@ -9,8 +9,8 @@ from fused_rnn.kernels.cell import CellFunctions
 from fused_rnn.kernels.forward import forward_kernel
 from fused_rnn.kernels.group import launch_options, sweep_constants
 from fused_rnn.kernels.launch import Variant
-from fused_rnn.kernels.sweep import Sweep
 from fused_rnn.kernels.precision import ROUNDED, SPLIT
+from fused_rnn.kernels.sweep import Sweep
 
 VARIANTS: dict[Any, tuple[CellFunctions, Variant]] = {}
 

@@ -32,7 +32,6 @@ def load_weights(
 
     It lies between BLOCK_H units from u0, which this program owns, and a chunk of all units.
 
-
     Forward  [GATES * BLOCK_H, BLOCK_K]: row = gate * BLOCK_H + unit, so that with 16 * num_warps
              units, or fewer warps, all gates of a unit end up in one thread.
     Reverse  [BLOCK_K, GATES * BLOCK_H], the transpose.

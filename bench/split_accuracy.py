@@ -68,26 +68,30 @@ def product(w: Tensor, x: Tensor, slices: int) -> Tensor:
 
 
 class Emulated(torch.autograd.Function):
-    """h W^T, its gradient for h made in the same way; that for W is a plain product in fp32."""
+    """h W^T, and its gradient for h made in the same way."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, w: Tensor, slices: int) -> Tensor:
-        ctx.save_for_backward(h, w)
+        ctx.save_for_backward(w)
         return product(w, h.T, slices).T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        h, w = ctx.saved_tensors
-        return product(w.T.contiguous(), grads[0].T, 1).T, grads[0].T @ h, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (w,) = ctx.saved_tensors
+        return product(w.T.contiguous(), grads[0].T, 1).T, None, None
 
 
-def run(name: str, layer: Any, x: Tensor, slices: int) -> Tensor:
-    """The output of a one-layer torch.nn module whose recurrent products are emulated."""
+def run(name: str, layer: Any, x: Tensor, slices: int) -> tuple[Tensor, Tensor]:
+    """The output of a one-layer torch.nn module whose recurrent products are emulated.
+
+    And zeros that were added to what these products and their biases give, for their gradients.
+    """
     gates = (x @ layer.weight_ih_l0.T + layer.bias_ih_l0).unbind(0)
+    zeros = x.new_zeros(*x.shape[:2], len(layer.bias_hh_l0)).requires_grad_()
     h = c = x.new_zeros(x.shape[1], layer.hidden_size)
     out = []
-    for gx in gates:
-        gh = Emulated.apply(h, layer.weight_hh_l0, slices) + layer.bias_hh_l0
+    for gx, zero in zip(gates, zeros.unbind(0), strict=True):
+        gh = Emulated.apply(h, layer.weight_hh_l0, slices) + (layer.bias_hh_l0 + zero)
         if name == "gru":
             (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, -1), gh.chunk(3, -1)
             z, n = (xz + hz).sigmoid(), (xn + (xr + hr).sigmoid() * hn).tanh()
@@ -99,7 +103,18 @@ def run(name: str, layer: Any, x: Tensor, slices: int) -> Tensor:
         else:
             h = torch.relu(gx + gh) if name == "rnn_relu" else torch.tanh(gx + gh)
         out.append(h)
-    return torch.stack(out)
+    return torch.stack(out), zeros
+
+
+def emulated(name: str, layer: Any, x: Tensor, grad: Tensor, slices: int) -> list[Tensor]:
+    """Output and gradients: of x, w_ih, w_hh, b_ih, b_hh, the weights' as one product each."""
+    x = x.clone().requires_grad_()
+    out, zeros = run(name, layer, x, slices)
+    wanted = [x, layer.weight_ih_l0, layer.bias_ih_l0, zeros]
+    dx, dw_ih, db_ih, dgates = torch.autograd.grad(out, wanted, grad)
+    before = out.detach()[:-1].flatten(0, 1)
+    dw_hh = dgates[1:].flatten(0, 1).T @ before
+    return [out.detach(), dx, dw_ih, dw_hh, db_ih, dgates.sum((0, 1))]
 
 
 def errors(
@@ -112,14 +127,14 @@ def errors(
     exact = CELLS[name](H, H).double()
     exact.load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
 
-    def results(layer: Any, x: Tensor, emulate: bool) -> list[Tensor]:
+    def results(layer: Any, x: Tensor) -> list[Tensor]:
         x = x.clone().requires_grad_()
-        out = run(name, layer, x, slices) if emulate else layer(x)[0]
-        wanted = [x, *layer.parameters()]
-        return [out.detach(), *torch.autograd.grad(out, wanted, grad.to(out.dtype))]
+        out = layer(x)[0]
+        grads = torch.autograd.grad(out, [x, *layer.parameters()], grad.to(out.dtype))
+        return [out.detach(), *grads]
 
-    want = results(exact, x.double(), False)
-    found = results(layer, x, True), results(layer, x, False)
+    want = results(exact, x.double())
+    found = emulated(name, layer, x, grad, slices), results(layer, x)
     names = ["out", "x", *(key for key, _ in layer.named_parameters())]
     table = {}
     for i, key in enumerate(names):

@@ -124,8 +124,9 @@ def check_cell(name, arch):
         (BF16, 128, 11, 4, (False,), False),
         (F16, 40, 3, 5, (False, True), False),
         (F32, 24, 3, 0, (False, True), True),
+        (F32, 64, 3, 3, (False,), False),
     ):
-        plan = make_plan(plan_request(name, H, dtype, B, len(reverse)), LIMITS[arch])
+        plan = make_plan(plan_request(name, H, dtype, B, len(reverse), "ieee"), LIMITS[arch])
         p = Problem(name, dtype, H, B, T, reverse, packed)
         check(p, plan, arch, saves=(False, True) if arch == 80 else (True,))
     print(f"sm_{arch} {name}: numbers right, no race", flush=True)
@@ -152,6 +153,8 @@ GROUPS = [
     Group("rnn_tanh", BF16, 72, {"block_k": 64, "k_split": 4}),
     Group("lstm", F16, 24, {"tiles": 1}, (False, True), packed=True),
     Group("gru", BF16, 40, {"block_h": 32, "chunks": 1}),  # of two; the other in shared memory
+    Group("gru", F32, 40, {"block_h": 8, "block_k": 64, "k_split": 4}),  # in parts
+    Group("lstm", F32, 40, {"block_k": 64, "k_split": 2, "m_split": 2}, (False, True)),
     Group("lstm", BF16, 40, STREAMED),
     Group("gru", F32, 24, STREAMED),
     Group("rnn_tanh", F16, 72, STREAMED | {"block_h": 32}, (True,)),

@@ -19,6 +19,7 @@ class Limits:
         registers: of one thread.
         warps: as many of a program as may use all those registers.
         wide_mma: a plain dot of 64 rows or more becomes wgmma or tcgen05, not mma.sync.
+        fp32_mma: tensor cores multiply fp32; else they take it in parts, see `precision.split`.
         fast_tanh: tanh.approx.f32 exists, and inline assembly to reach it.
         groups: programs of a launch can wait for each other.
         hop_us: microseconds of a barrier among 32 of them, release to acquire; see `step_cycles`.
@@ -37,6 +38,7 @@ class Limits:
     registers: int = 255
     warps: int = 8
     wide_mma: bool = False
+    fp32_mma: bool = False
     fast_tanh: bool = True
     groups: bool = True
     hop_us: float = 0.855
@@ -76,6 +78,7 @@ LIMITS = {
             warp=64,
             registers=512,
             warps=4,
+            fp32_mma=True,
             fast_tanh=False,
             groups=False,
         ),

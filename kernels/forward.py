@@ -22,6 +22,7 @@ from fused_rnn.kernels.options import (
     load_reset,
     load_restarts,
 )
+from fused_rnn.kernels.precision import to_tf32
 from fused_rnn.kernels.states import (
     clear,
     load_states,
@@ -49,7 +50,6 @@ from fused_rnn.kernels.weights import (
     multiply,
     multiply_streamed,
     prime,
-    to_tf32,
 )
 
 

@@ -8,13 +8,29 @@ units. What goes through the weights comes in halves, as in `weights`: (first tw
 import triton
 import triton.language as tl
 
-from fused_rnn.kernels.weights import add_slices, load_weights, product, to_tf32
+from fused_rnn.kernels.precision import product, to_tf32
+from fused_rnn.kernels.weights import add_slices, load_weights, when_used
 
 
 @triton.jit
 def join_rows(x, y, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
     """Two gates as one right operand [2 * BLOCK_H, BLOCK_B], row = gate * BLOCK_H + unit."""
     return tl.reshape(tl.permute(tl.join(x, y), (2, 0, 1)), (2 * BLOCK_H, BLOCK_B))
+
+
+@triton.jit
+def widen(w):
+    """A transposed operand [slices, rows, 8] in parts, with as many zeros beside its columns.
+
+    mma multiplies 16 columns at least: more than 8 units of a single gate have.
+    """
+    S: tl.constexpr = w[0].shape[0]
+    ROWS: tl.constexpr = w[0].shape[1]
+    wide = ()
+    for i in tl.static_range(len(w)):
+        both = tl.permute(tl.join(w[i], tl.zeros_like(w[i])), (0, 1, 3, 2))
+        wide = wide + (tl.reshape(both, (S, ROWS, 16)),)
+    return wide
 
 
 @triton.jit
@@ -29,12 +45,16 @@ def operands(
     """Both halves of what goes through the weights; GRU has one gate in the last, of slot 3."""
     x = to_tf32(slots[0].to(dtype), PRECISION)
     if G == 1:
+        if BLOCK_H < 16:
+            x = join_rows(x, tl.zeros_like(x), BLOCK_H, BLOCK_B)
         return (x,)
     else:
         x = join_rows(x, to_tf32(slots[1].to(dtype), PRECISION), BLOCK_H, BLOCK_B)
         y = to_tf32(slots[3].to(dtype), PRECISION)
         if G == 4:
             y = join_rows(to_tf32(slots[2].to(dtype), PRECISION), y, BLOCK_H, BLOCK_B)
+        elif BLOCK_H < 16:
+            y = join_rows(y, tl.zeros_like(y), BLOCK_H, BLOCK_B)
         return (x, y)
 
 
@@ -69,9 +89,12 @@ def load_half(
 ):  # fmt: skip
     """A transposed tile of the half whose first gate is given."""
     GATES: tl.constexpr = 2 if first + 1 < G else 1
-    return load_weights(
+    tile = load_weights(
         w, scale, u0, chunk, first, GATES, H, BLOCK_H, BLOCK_K, 1, MS, True, PRECISION
     )
+    if GATES * BLOCK_H < 16:
+        tile = widen(tile)
+    return tile
 
 
 @triton.jit
@@ -108,7 +131,7 @@ def multiply_chunk(
 ):
     """W^T x + part of the units of one chunk; tiles that are RESIDENT in registers are rounded."""
     for j in tl.static_range(len(xs)):
-        tile = tiles[j] if RESIDENT else to_tf32(tiles[j], PRECISION)
+        tile = tiles[j] if RESIDENT else when_used(tiles[j], PRECISION)
         part = through_weights(tile, xs[j], part, MS, PRECISION)
     return part
 
@@ -144,7 +167,8 @@ def send_partials(
             part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
             for j in tl.static_range(0, G, 2):
                 tile = load_half(w, None, u0, i, j, G, H, BLOCK_H, BLOCK_K, 1, PRECISION)
-                part = through_weights(to_tf32(tile, PRECISION), xs[j // 2], part, 1, PRECISION)
+                tile = when_used(tile, PRECISION)
+                part = through_weights(tile, xs[j // 2], part, 1, PRECISION)
             store_partial(part, partials, i, program, PROGRAMS, BLOCK_H, BLOCK_K, BLOCK_B)
     else:
         for i in tl.static_range(CHUNKS):

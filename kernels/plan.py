@@ -56,7 +56,7 @@ class PlanRequest(NamedTuple):
 
     @property
     def ieee(self) -> bool:
-        """Whether products are made without tensor cores, in full fp32."""
+        """Whether products are in full fp32."""
         return self.itemsize == 4 and self.precision == "ieee"
 
 

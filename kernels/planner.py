@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from fused_rnn.kernels.chips import Limits
-from fused_rnn.kernels.cost import step_us
+from fused_rnn.kernels.cost import PARTS_BYTES, operand_bytes, step_us
 from fused_rnn.kernels.plan import DoesNotFit, Plan, PlanRequest
 
 WORKING = 120  # registers per thread beside the weights: 80 to 115 in the compiled kernels
@@ -91,21 +91,22 @@ def _more_registers(request: PlanRequest, limits: Limits, units: int, warps: int
 
 def _persistent(request: PlanRequest, limits: Limits) -> Plan:
     """One program for all units."""
-    H, itemsize, gates = request.H, request.itemsize, request.cell.gates
+    H, itemsize, gates = request.H, operand_bytes(request, limits), request.cell.gates
     block_h = max(16, 1 << (H - 1).bit_length())
     # A warp's mma tile has 16 rows: with 16 units per warp the gates of a unit meet in one thread.
     warps = min(limits.warps, block_h // 16)
-    k_split = 1
-    if request.ieee:  # multiply-adds hold both operands in registers: more threads, less in each
+    if itemsize == PARTS_BYTES:  # six products for one: more warps share them
+        warps = min(limits.warps, block_h // (16 if gates == 1 else 8))
+    elif request.ieee:  # multiply-adds hold both operands in registers: more threads, less in each
         warps = min(limits.warps, max(4, block_h // 4))
-        k_split = 4 if block_h == 64 and limits.warp == 32 else 1
     weight_bytes = gates * block_h * block_h * itemsize
     weight_registers, room = _weights_and_room(request, limits, block_h, warps)
     while request.cell.whole and weight_registers > room and warps < limits.warps:
         warps *= 2  # no group takes it over: more threads, with less of a tile in each
         weight_registers, room = _weights_and_room(request, limits, block_h, warps)
-    # wgmma is the lesser evil for fp32: a thread has no registers left for the batched dot.
-    split = warps if limits.wide_mma and itemsize == 2 else 1
+    # wgmma is the lesser evil for TF32: a thread has no registers left for the batched dot.
+    batched = itemsize == PARTS_BYTES or (limits.wide_mma and itemsize == 2)
+    m_split = warps if batched else 1
     if weight_registers > room:
         held = max(0, room) * 4 * limits.warp * warps
         raise DoesNotFit(
@@ -120,7 +121,7 @@ def _persistent(request: PlanRequest, limits: Limits) -> Plan:
         wide = False
     block_b = 16 if wide else 8
 
-    shared = _persistent_shared(request, limits, block_h, block_b, split)
+    shared = _persistent_shared(request, limits, block_h, block_b, m_split)
     if shared > limits.shared:
         raise DoesNotFit(
             f"{request.cell.name} with H = {H} needs {shared // 1024} KiB of shared memory, and a "
@@ -134,12 +135,12 @@ def _persistent(request: PlanRequest, limits: Limits) -> Plan:
         block_k=block_h,
         block_b=block_b,
         warps=warps,
-        k_split=k_split,
-        m_split=split,
+        k_split=1,
+        m_split=m_split,
         programs=1,
         tiles=0,
         chunks=1,
-        weights="shared" if request.ieee else "registers",
+        weights="shared" if request.ieee and limits.fp32_mma else "registers",
         weight_registers=weight_registers,
         shared=shared,
     )
@@ -149,7 +150,7 @@ def _weights_and_room(
     request: PlanRequest, limits: Limits, block_h: int, warps: int
 ) -> tuple[int, int]:
     """Registers per thread that the weights take, and those that the rest of a step leaves them."""
-    weights = request.cell.gates * block_h * block_h * request.itemsize
+    weights = request.cell.gates * block_h * block_h * operand_bytes(request, limits)
     more = _more_registers(request, limits, block_h, warps, 8)
     return weights // (4 * limits.warp * warps), limits.registers - WORKING - more
 
@@ -161,9 +162,9 @@ def _persistent_shared(
 
     Weights pass through it two gates at a time; beside them lie the small tiles.
     """
-    itemsize, gates = request.itemsize, request.cell.gates
+    itemsize, gates = operand_bytes(request, limits), request.cell.gates
     exchange = block_b * 1024
-    if request.ieee:  # no tensor cores: multiply-adds, both operands of all products from there
+    if request.ieee and limits.fp32_mma:  # both operands of all products from there
         return gates * block_h * block_h * itemsize + 2 * exchange
     tile = min(2, gates) * block_h * block_h * itemsize
     if limits.warp == 64:  # there the compiler lets them share
@@ -176,12 +177,14 @@ def _persistent_shared(
 
 
 def _cooperative(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
-    """A group whose weights stay on the chip; ieee products would spill."""
-    H, itemsize, gates = request.H, request.itemsize, request.cell.gates
-    if request.ieee:
-        return
-    rows = 8 if gates == 4 else 16  # units that fill an mma tile of 16 rows: of GRU's n, 16
-    for block_h, warps in product((16, 32, 64), (2, 4, 8)):
+    """A group whose weights stay on the chip."""
+    H, itemsize = request.H, operand_bytes(request, limits)
+    # Units that fill an mma tile of 16 rows: of GRU's n, 16.
+    rows = 8 if request.cell.gates == 4 else 16
+    few = (8,) if itemsize == PARTS_BYTES else ()  # in parts, weights take so many registers
+    for block_h, warps in product((*few, 16, 32, 64), (2, 4, 8)):
+        gates = request.cell.gates
+        gates += gates % 2 if block_h == 8 else 0  # mma takes 16 rows, two gates of 8
         programs = -(-H // block_h)
         m_split = max(1, min(warps // 2, block_h // rows, warps * block_h // 64))
         if H > 1024:  # a thread's part of h is long: each warp takes another part

@@ -258,9 +258,8 @@ def partials_memory(plan: Plan, B: int, D: int, like: Tensor) -> Tensor | None:
 def _target(sweep: Sweep, like: Tensor, target: GPUTarget | None) -> GPUTarget | None:
     """What is compiled for, where more than Triton depends on it; else None.
 
-    A group's barrier does, and the rounding to TF32.
+    A group's barrier does, and what becomes of fp32 operands.
     """
-    tf32 = like.dtype == torch.float32 and sweep.precision == "tf32"
-    if sweep.plan.programs == 1 and not tf32:
+    if sweep.plan.programs == 1 and like.dtype != torch.float32:
         return None
     return target or compile_target(like.device)

@@ -9,8 +9,8 @@ from fused_rnn.kernels.cell import CellFunctions
 from fused_rnn.kernels.forward import forward_kernel
 from fused_rnn.kernels.group import launch_options, sweep_constants
 from fused_rnn.kernels.launch import Variant
+from fused_rnn.kernels.precision import ROUNDED, SPLIT
 from fused_rnn.kernels.sweep import Sweep
-from fused_rnn.kernels.weights import ROUNDED
 
 VARIANTS: dict[Any, tuple[CellFunctions, Variant]] = {}
 
@@ -62,9 +62,12 @@ def reverse_variant(sweep: Sweep, H: int, target: GPUTarget | None) -> Variant:
 
 
 def _precision(sweep: Sweep, target: GPUTarget | None) -> str:
-    """That of products; where the tensor cores are NVIDIA's, operands are rounded to TF32 first."""
-    nvidia = target is not None and target.backend == "cuda"
-    return ROUNDED.value if nvidia and sweep.precision == "tf32" else sweep.precision
+    """That of products: NVIDIA's tensor cores take fp32 rounded, or in parts."""
+    if target is None or target.backend != "cuda":
+        return sweep.precision
+    if sweep.precision == "tf32":
+        return ROUNDED.value
+    return "ieee" if sweep.plan.regime == "streamed" else SPLIT.value
 
 
 def _of_cell(sweep: Sweep) -> dict[str, Any]:

@@ -9,22 +9,7 @@ a batch tile of 8 fills the tensor cores.
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-ROUNDED = tl.constexpr("rounded tf32")  # a precision: TF32 on NVIDIA's tensor cores
-
-
-@triton.jit
-def to_tf32(x, PRECISION: tl.constexpr):
-    """The fp32 operand of a product, rounded to TF32.
-
-    Tensor cores cut it off there, which makes every number smaller: errors that add up over the
-    steps to two or three times those of rounding.
-    """
-    if PRECISION == ROUNDED and x.dtype == tl.float32:
-        x = tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
-        ).to(tl.float32, bitcast=True)
-    return x
+from fused_rnn.kernels.precision import ROUNDED, SPLIT, parts_of, product, stack, to_tf32
 
 
 @triton.jit
@@ -46,7 +31,6 @@ def load_weights(
     """A left operand: a tile of gates FIRST .. FIRST + GATES - 1 of w [G * H, H], in torch's order.
 
     It lies between BLOCK_H units from u0, which this program owns, and a chunk of all units.
-
 
     Forward  [GATES * BLOCK_H, BLOCK_K]: row = gate * BLOCK_H + unit, so that with 16 * num_warps
              units, or fewer warps, all gates of a unit end up in one thread.
@@ -82,31 +66,22 @@ def load_weights(
     if KS * MS > 1:
         tile = tl.permute(tile, (1, 0, 2))
     if scale is not None:
-        tile = to_tf32((tile.to(tl.float32) * scale).to(w.dtype.element_ty), PRECISION)
-    return tile
+        tile = (tile.to(tl.float32) * scale).to(w.dtype.element_ty)
+    if scale is None and PRECISION == ROUNDED:
+        return (tile,)
+    elif ROWS == 8 and PRECISION == SPLIT:
+        return stack(parts_of(tile, PRECISION), GATES if TRANSPOSE else 1)
+    else:
+        return parts_of(tile, PRECISION)
 
 
 @triton.jit
-def product(w, x, init, KS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.constexpr):
-    """Return w @ x + init in fp32, x [K, BLOCK_B].
-
-    KS * MS = num_warps makes it a batched dot, in which each warp multiplies one of KS slices of
-    the columns by one of MS slices of the rows. So no warp holds what another one holds, however
-    few rows there are; and what would become wgmma or tcgen05 stays on mma.sync, whose layouts suit
-    a batch tile of 8. The result is [KS * MS, rows / MS, BLOCK_B], the slices not yet summed.
-    """
-    if INTERPRETED:  # its dot takes the bits of bf16 for integers
-        w = w.to(tl.float32)
-        x = x.to(tl.float32)
-    if KS * MS > 1:
-        K: tl.constexpr = x.shape[0] // KS
-        B: tl.constexpr = x.shape[1]
-        if KS > 1:
-            x = tl.broadcast_to(tl.reshape(x, (KS, 1, K, B)), (KS, MS, K, B))
-            x = tl.reshape(x, (KS * MS, K, B))
-        else:
-            x = tl.broadcast_to(x[None, :, :], (MS, K, B))
-    return tl.dot(w, x, init, input_precision="tf32" if PRECISION == ROUNDED else PRECISION)
+def when_used(tile, PRECISION: tl.constexpr):
+    """A tile that stays in shared memory, or passes through it, as it is multiplied."""
+    if PRECISION == ROUNDED:
+        return parts_of(tile[0], PRECISION)
+    else:
+        return tile
 
 
 @triton.jit
@@ -129,12 +104,12 @@ def products(
         acc = product(ws[i], xs[i], acc, KS, MS, PRECISION)
     if len(ws) > REGISTERS:
         if acc is None:
-            ROWS: tl.constexpr = ws[0].shape[len(ws[0].shape) - 2]
+            ROWS: tl.constexpr = ws[0][0].shape[len(ws[0][0].shape) - 2]
             B: tl.constexpr = xs[0].shape[1]
             acc = tl.zeros((KS * MS, ROWS, B) if KS * MS > 1 else (ROWS, B), tl.float32)
         for _ in range(once):
             for i in tl.static_range(REGISTERS, len(ws)):
-                acc = product(to_tf32(ws[i], PRECISION), xs[i], acc, KS, MS, PRECISION)
+                acc = product(when_used(ws[i], PRECISION), xs[i], acc, KS, MS, PRECISION)
     return acc
 
 
@@ -203,7 +178,7 @@ def stream_product(
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
         x = tl.load(at + k, mask=(k < H) & running, other=0.0, cache_modifier=".cg")
         x = to_tf32(x.to(tile.dtype), PRECISION)
-        acc = product(to_tf32(tile, PRECISION), x, acc, 1, 1, PRECISION)
+        acc = product(when_used(tile, PRECISION), x, acc, 1, 1, PRECISION)
     return acc
 
 

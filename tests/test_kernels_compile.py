@@ -128,13 +128,36 @@ def test_groups_elsewhere(target, tmp_path):
         check(row)
 
 
-@pytest.mark.parametrize("target", ["80", "90"])
-def test_full_fp32_does_not_spill_forward(target, tmp_path):
-    """Multiply-adds hold both operands in registers: with too few warps, ptxas gives up."""
-    args = "--target", target, "--cell", "lstm", "--hidden", "64", "--dtype", "fp32"
-    for row in static(tmp_path, *args, "--kernel", "inference", "forward"):
+# One program, a group of 16 units each, one of 8: rows of 8 and 16 to a warp, forward and reverse.
+FULL = [("90", "lstm", 64), ("80", "gru", 64), ("90", "rnn_tanh", 128), ("80", "lstm", 512)]
+FULL += [("120", "gru", 512), ("90", "gru", 256)]
+
+
+def check_full(rows):
+    for row in rows:
         check(row)
-        assert row["spill"] == 0
+        assert row["regime"] != "streamed"
+        assert row["spill"] == row["weights_shared"] == row["hgmma"] == 0, row
+        assert row["hmma"] > 0
+
+
+@pytest.mark.parametrize(("target", "cell", "hidden"), FULL)
+def test_full_fp32(target, cell, hidden, tmp_path):
+    """On tensor cores, in parts that are made once and stay in registers."""
+    args = "--target", target, "--cell", cell, "--hidden", str(hidden), "--dtype", "fp32"
+    rows = static(tmp_path, *args, "--kernel", "forward", "reverse")
+    assert len(rows) == 2
+    check_full(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("target", ["80", "90", "120"])
+def test_full_fp32_everywhere(target, cell, tmp_path):
+    args = "--target", target, "--cell", cell, "--dtype", "fp32", "--hidden"
+    rows = static(tmp_path, *args, "32", "64", "96", "128", "256", "512")
+    assert len(rows) == 18
+    check_full(rows)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from helpers import plan_request
 from sweep_oracle import CELLS, Problem, check_sweeps, group_plan
 from triton.runtime import interpreter
 
-from fused_rnn.kernels import backward, forward, group, variants
+from fused_rnn.kernels import backward, forward, group, planner, variants
 from fused_rnn.kernels.chips import LIMITS
 from fused_rnn.kernels.planner import plans
 
@@ -168,11 +168,20 @@ def test_many_units_as_planned(name):
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_streamed_as_planned(name):
+def test_full_fp32_as_planned(name):
+    """Groups of 8 units each, too; in the interpreter fp32 is not in parts."""
     p = Problem(name, torch.float32, 65 if name in ("gru", "lstm") else 150, 1, 1)
-    (plan,) = as_planned(p, 86, "ieee")
-    assert plan.regime == "streamed"
-    run(p, plan)
+    for plan in as_planned(p, 86, "ieee"):
+        assert plan.regime == "cooperative"
+        run(p, plan)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_streamed_as_planned(name):
+    """With tiles that the planner gives to sizes beyond the chip."""
+    p = Problem(name, torch.float32, 65 if name in ("gru", "lstm") else 150, 1, 1)
+    request = plan_request(p.name, p.H, p.dtype, 1, 1, "ieee", fast=False)
+    run(p, min(planner._streamed(request, LIMITS[86]), key=lambda plan: plan.step_us))
 
 
 @pytest.mark.parametrize(

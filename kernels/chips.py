@@ -19,6 +19,7 @@ class Limits:
         registers: of one thread.
         warps: as many of a program as may use all those registers.
         wide_mma: a plain dot of 64 rows or more becomes wgmma or tcgen05, not mma.sync.
+        wgmma: it becomes wgmma, which takes weights from registers and shared memory.
         fast_tanh: tanh.approx.f32 exists, and inline assembly to reach it.
         groups: programs of a launch can wait for each other.
         hop_us: microseconds of a barrier among 32 of them, release to acquire; see `step_cycles`.
@@ -37,6 +38,7 @@ class Limits:
     registers: int = 255
     warps: int = 8
     wide_mma: bool = False
+    wgmma: bool = False
     fast_tanh: bool = True
     groups: bool = True
     hop_us: float = 0.855
@@ -50,7 +52,17 @@ LIMITS = {
         Limits(80, 108, 163 * _K, 164 * _K, clock=1.41, l2=40, memory=2.0),
         Limits(86, 84, 99 * _K, 100 * _K, clock=1.7, l2=6, memory=0.9),
         Limits(89, 144, 99 * _K, 100 * _K, clock=2.5, l2=72, memory=1.0),
-        Limits(90, 132, 227 * _K, 228 * _K, clock=1.755, l2=50, memory=3.35, wide_mma=True),
+        Limits(
+            90,
+            132,
+            227 * _K,
+            228 * _K,
+            clock=1.755,
+            l2=50,
+            memory=3.35,
+            wide_mma=True,
+            wgmma=True,
+        ),
         Limits(100, 148, 227 * _K, 228 * _K, clock=1.85, l2=126, memory=8.0, wide_mma=True),
         Limits(120, 188, 99 * _K, 100 * _K, clock=2.6, l2=128, memory=1.8),
         # No groups: Triton lets the releasing wave wait for its own stores only, and nothing

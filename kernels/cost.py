@@ -35,14 +35,16 @@ def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
     slots = request.cell.slots
     elements = max(1.0, plan.block_h * plan.block_b / (plan.warps * limits.warp))
     fma = 16 if request.itemsize == 2 else 8
-    wide = plan.block_b // 8
     local = 2 * (400 + 35 * slots * elements)
     local += 100 * columns / plan.block_k
+    wide = plan.block_b // 8
     if plan.block_h * plan.block_b < plan.warps * limits.warp:
         local += 2 * 150  # threads without a unit of their own: more conversions
     if request.ieee:  # a multiply-add per thread and cycle, four warps at a time
         local += 2 * request.cell.gates * plan.block_h * columns * plan.block_b / 128
         chain = 0.0
+    elif plan.joined:
+        chain = 2 * columns / 16 * plan.block_h * slots / 64 * max(12, plan.block_b / 2)
     else:
         chain = 33 * wide * columns / (fma * plan.k_split)
         chain += 33 * wide * request.cell.gates * plan.block_h / fma
@@ -56,6 +58,8 @@ def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
         fits = all_weights < limits.l2 * 2**20
         from_memory = 0 if fits else all_weights / (limits.memory * 1000 / limits.clock)
         weights = 2 * max(kept / L2_BYTES, from_memory)
+    elif plan.joined:
+        weights = 0.0
     else:
         left = kept - 128 * plan.weight_registers * plan.warps
         weights = 2 * left / (SHARED_BYTES * plan.warps)

@@ -29,6 +29,7 @@ def forward_variant(sweep: Sweep, H: int, save: bool, target: GPUTarget | None) 
         "SAVE": save,
         "KS": plan.k_split,
         "MS": plan.m_split,
+        "JOINED": plan.joined,
         "PRECISION": _precision(sweep, target),
     }
     variant = Variant(forward_kernel, constants, launch_options(plan))
@@ -53,6 +54,7 @@ def reverse_variant(sweep: Sweep, H: int, target: GPUTarget | None) -> Variant:
         "NEEDS_H": cell.needs_h,
         "H": H,
         "MS": plan.k_split * plan.m_split,
+        "JOINED": plan.joined,
         "TOGETHER": max(1, min(8, together)),
         "PRECISION": _precision(sweep, target),
     }

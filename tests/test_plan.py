@@ -57,7 +57,7 @@ def check(plan, cell, dtype, H, B, D, limits):
             plan.programs * plan.block_h * count * plan.block_k / H**2
         )
     if plan.regime == "cooperative":
-        assert count <= MOST_CHUNKS
+        assert count <= MOST_CHUNKS or plan.joined
         where = {0: "shared", count: "registers"}.get(plan.chunks, "registers and shared")
         assert plan.weights == where
 
@@ -69,11 +69,16 @@ def check(plan, cell, dtype, H, B, D, limits):
     assert plan.block_h % plan.m_split == 0
 
     # It fits.
-    assert plan.block_b in (8, 16)
+    assert plan.block_b in ((16, 32) if plan.joined else (8, 16))
+    if plan.joined:  # a tile of 128 rows, 16 for each warp, in both sweeps
+        assert limits.wgmma
+        assert itemsize == 2
+        assert CELLS[cell].kernels.slots * plan.block_h == plan.block_k == 16 * plan.warps == 128
     assert plan.warps <= limits.warps
     assert plan.weight_registers < limits.registers
     assert plan.shared <= limits.shared
-    resident = gates * plan.block_h * plan.block_k * itemsize
+    rows = (CELLS[cell].kernels.slots if plan.joined else gates) * plan.block_h
+    resident = rows * plan.block_k * itemsize
     if plan.regime == "cooperative":
         assert plan.weight_registers * 4 * limits.warp * plan.warps >= plan.chunks * resident
         assert plan.shared >= (count - plan.chunks) * resident

@@ -223,10 +223,10 @@ def loop_counts(sass: str) -> dict[str, int]:
     return counts
 
 
-def weight_reads(ttgir: str, batch_axis: int = -1, block_b: int = 16) -> dict[str, int]:
+def weight_reads(ttgir: str, batch_axis: int, block_b: int) -> dict[str, int]:
     """Bytes of weights that the time loop reads again, found in Triton's own IR.
 
-    A read of shared memory that was filled before the loop, or a load through a pointer that the
+    A read of shared memory that was filled before the loop, be it by wgmma, or a load through a pointer that the
     loop does not advance, wider along ``batch_axis`` than a batch tile is.
     """
     size = {"bf16": 2, "f16": 2, "f32": 4}
@@ -247,6 +247,9 @@ def weight_reads(ttgir: str, batch_axis: int = -1, block_b: int = 16) -> dict[st
     for line in body:
         if m := re.search(r"ttg\.local_load (%\w+).*memdesc<([\dx]+)x(\w+),", line):
             if m[1] not in defined:
+                reads["weights_shared"] += _elements(m[2]) * size[m[3]]
+        elif m := re.search(r"warp_group_dot (%\w+), .* : !ttg\.memdesc<([\dx]+)x(\w+),", line):
+            if m[1] not in defined:  # wgmma reads them itself
                 reads["weights_shared"] += _elements(m[2]) * size[m[3]]
         elif (m := re.search(r"tt\.load .*tensor<([\dx]+)x!tt\.ptr<(\w+)>", line)) and (
             int(m[1].split("x")[batch_axis]) > max(16, block_b)

@@ -90,7 +90,7 @@ def backward_kernel(
     drop,
     offsets,  # [T + 1]
     counters,  # [batch tiles, D, 2, LINE]
-    partials,  # [groups of a launch, 2, PROGRAMS, PROGRAMS, BLOCK_B, BLOCK_H] fp32
+    partials,  # [groups of a launch, 2, PROGRAMS, PROGRAMS, BLOCK_B, BLOCK_H]: see sweeps.py
     zoneout,  # see sweep.SweepOptions
     clip,
     scale,  # 1.0

@@ -36,7 +36,7 @@ def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
     elements = max(1.0, plan.block_h * plan.block_b / (plan.warps * limits.warp))
     fma = 16 if request.itemsize == 2 else 8
     local = 2 * (400 + 35 * slots * elements)
-    local += 100 * columns / plan.block_k
+    local += (300 if plan.joined else 100) * columns / plan.block_k
     wide = plan.block_b // 8
     if plan.block_h * plan.block_b < plan.warps * limits.warp:
         local += 2 * 150  # threads without a unit of their own: more conversions
@@ -44,7 +44,8 @@ def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
         local += 2 * request.cell.gates * plan.block_h * columns * plan.block_b / 128
         chain = 0.0
     elif plan.joined:
-        chain = 2 * columns / 16 * plan.block_h * slots / 64 * max(12, plan.block_b / 2)
+        tiles = columns * plan.block_h * slots / (16 * 64)
+        chain = 2 * tiles * max(12, plan.block_b / 2)
     else:
         chain = 33 * wide * columns / (fma * plan.k_split)
         chain += 33 * wide * request.cell.gates * plan.block_h / fma
@@ -52,7 +53,8 @@ def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
         return local + chain
     kept = request.cell.gates * plan.block_h * columns * request.itemsize
     hop = 2 * (1000 * limits.hop_us * limits.clock + 300)
-    exchange = columns * plan.block_b * (request.itemsize + 4 + 4) / L2_BYTES
+    part = request.itemsize if plan.joined else 4
+    exchange = columns * plan.block_b * (request.itemsize + 2 * part) / L2_BYTES
     if plan.regime == "streamed":
         all_weights = plan.programs * kept
         fits = all_weights < limits.l2 * 2**20

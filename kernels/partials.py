@@ -140,6 +140,7 @@ def store_partial(
     k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
     at = ((k // BLOCK_H) * PROGRAMS + program) * (BLOCK_H * BLOCK_B)
     at += tl.arange(0, BLOCK_B)[None, :] * BLOCK_H + k % BLOCK_H
+    part = part.to(partials.dtype.element_ty)
     tl.store(partials + at, part, mask=k < PROGRAMS * BLOCK_H)
 
 

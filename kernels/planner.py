@@ -227,7 +227,8 @@ def _cooperative(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
 def _joined(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
     """A cooperative group with all gates in one tile of 128 rows, for wgmma.
 
-    Its weights are in registers and, from there on, in shared memory, where wgmma reads them.
+    Its weights are in registers and in shared memory, where wgmma reads them. Three tiles are in
+    registers; more of them would leave the compiler too few, and only do so where they must.
     """
     H, itemsize = request.H, request.itemsize
     if itemsize != 2 or not limits.wgmma:
@@ -241,8 +242,10 @@ def _joined(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
         if programs < 2 or block_b // 2 >= request.B:
             continue
         more = _more_registers(request, limits, block_h, warps, block_b)
-        chunks = min(count, max(0, limits.registers - WORKING_JOINED - more) // tile_registers)
+        room = max(0, limits.registers - WORKING_JOINED - more) // tile_registers
         h = block_k * block_b * itemsize
+        beyond = count - (limits.shared - 1024 - H_CHUNKS * h) // tile
+        chunks = min(count, room, max(3, beyond))
         kept = (count - chunks) * tile
         shared = 1024 + max(kept + H_CHUNKS * h, tile + count * h)  # the latter before the loop
         weights = {count: "registers", 0: "shared"}.get(chunks, "registers and shared")

@@ -45,7 +45,7 @@ def reverse_variant(sweep: Sweep, H: int, target: GPUTarget | None) -> Variant:
     if known is not None and known[0] is functions and known[1].kernel is backward_kernel:
         return known[1]
     # As many programs' partial sums at a time as fill the threads with 16 bytes each.
-    together = 128 * plan.warps // (plan.block_h * plan.block_b)
+    together = (256 if plan.joined else 128) * plan.warps // (plan.block_h * plan.block_b)
     constants = sweep_constants(plan, len(reverse) * sweep.heads, target) | {
         "FACTORS": functions.factors,
         "ADJOINT": functions.adjoint,

@@ -74,9 +74,7 @@ class Row:
     weights_global: int = -1
 
 
-def plan_for(
-    cell: str, H: int, dtype: str, limits: Limits, heads: int = 1, batch: int = 8
-) -> Plan:
+def plan_for(cell: str, H: int, dtype: str, limits: Limits, heads: int = 1, batch: int = 8) -> Plan:
     """The plan of one direction of some heads of H units."""
     kind, precision = DTYPES[dtype]
     request = PlanRequest(kernels_of(cell), H, kind, batch, heads, precision, heads=heads)

@@ -226,8 +226,8 @@ def loop_counts(sass: str) -> dict[str, int]:
 def weight_reads(ttgir: str, batch_axis: int, block_b: int) -> dict[str, int]:
     """Bytes of weights that the time loop reads again, found in Triton's own IR.
 
-    A read of shared memory that was filled before the loop, be it by wgmma, or a load through a pointer that the
-    loop does not advance, wider along ``batch_axis`` than a batch tile is.
+    A read of shared memory that was filled before the loop, be it by wgmma, or a load through a
+    pointer that the loop does not advance, wider along ``batch_axis`` than a batch tile is.
     """
     size = {"bf16": 2, "f16": 2, "f32": 4}
     lines = ttgir.splitlines()

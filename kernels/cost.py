@@ -23,6 +23,8 @@ def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
         24 B/cycle   between L2 and one SM, in and out, while all SMs exchange (fitted to an H100);
         5 B/cycle    to each warp from tiles of weights in shared memory, conversions included
                      (fitted to an H100 and an H200; what the chip has is 128 for an SM)
+        12 cycles    or half the batch tile, if that is more, for a wgmma of 64 rows and 16 columns,
+                     the tensor cores' rate; 300 for each tile of joined gates (fitted to an H200)
         300 cycles   a load that hits L2 (the same paper: 260 to 280, and the way back)
         0.855 us     release to acquire among 32 programs, measured on an H100: 0.64 among 2 to 8,
                      0.83 among 16, 0.96 among 132, but steps of small groups do not gain the

@@ -97,9 +97,7 @@ def prime_transposed(
         for j in tl.static_range(len(xs)):
             if i + j > 0:
                 tl.debug_barrier()
-            tile = load_half(
-                w, scale, u0, i, 2 * j, G, H, BLOCK_H, BLOCK_K, MS, len(xs), PRECISION
-            )
+            tile = load_half(w, scale, u0, i, 2 * j, G, H, BLOCK_H, BLOCK_K, MS, len(xs), PRECISION)
             init = through_weights(tile, xs[j], init, MS, PRECISION)
             tiles = tiles + (tile,)
         if i < REGISTERS:

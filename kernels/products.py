@@ -1,10 +1,10 @@
 """The recurrent product W h: from weights that one program keeps, a group keeps, or streams.
 
-What goes through the weights is in halves, (first two gates, others), or the only one of a cell with
-one gate. Joined gates are one tile, too: four slots of a unit, slot by slot, so that a plain dot has
-the rows for wgmma, which sm_90 has. That reads its weights from shared memory at their full speed,
-with no trip through registers, or from registers; so one program holds more units, and a group
-with fewer programs sends less through L2 for each sequence.
+What goes through the weights is in halves, (first two gates, others), or the only one of a cell
+with one gate. Joined gates are one tile, too: all slots of a program's units, slot by slot, so that
+a plain dot has the rows for sm_90's wgmma. That reads weights from registers or, with no trip
+through them, from shared memory. So one program holds more units, and a group of fewer programs
+sends less through L2 for each sequence.
 """
 
 import triton
@@ -84,7 +84,7 @@ def multiply_joined(
     ws, at, running, H: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W h from resident weights of joined gates; h is read on the way, and never all in registers."""
+    """W h from resident weights of joined gates; h is read on the way, a few chunks ahead."""
     acc = None
     hs = ()
     at += tl.arange(0, BLOCK_K)[:, None]

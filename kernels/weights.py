@@ -81,8 +81,7 @@ def load_weights(
         at = ((FIRST + gate) * H + unit) * H + k
     mask = (unit < H) & (k < H)
     if SPLIT:
-        mask = mask & (gate != 2)
-        at -= gate // 3 * (H * H)
+        mask, at = mask & (gate != 2), at - gate // 3 * (H * H)
     tile = tl.load(w + at, mask=mask, other=0.0)
     if KS * MS > 1:
         tile = tl.permute(tile, (1, 0, 2))

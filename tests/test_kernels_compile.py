@@ -45,7 +45,7 @@ BUDGET = {
 # Before Triton 3.9 a group's atomics bring no block barriers: each step has one more for each.
 OLD = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)
 OWN_BARRIERS = 2 if OLD else 0
-# Bytes: Triton 3.9 keeps descriptors of shared memory, as wgmma takes them, in registers of threads.
+# Bytes: Triton 3.9 keeps wgmma's descriptors of shared memory in registers of threads.
 JOINED_SPILL = 32 if OLD else 256
 
 

@@ -223,7 +223,7 @@ def loop_counts(sass: str) -> dict[str, int]:
     return counts
 
 
-def weight_reads(ttgir: str, batch_axis: int, block_b: int) -> dict[str, int]:
+def weight_reads(ttgir: str, batch_axis: int = -1, block_b: int = 16) -> dict[str, int]:
     """Bytes of weights that the time loop reads again, found in Triton's own IR.
 
     A read of shared memory that was filled before the loop, be it by wgmma, or a load through a

@@ -57,6 +57,7 @@ class Row:
     block_b: int
     warps: int
     options: str = "none"
+    batch: int = 8
     registers: int = -1
     spill: int = -1
     shared: int = -1
@@ -73,10 +74,10 @@ class Row:
     weights_global: int = -1
 
 
-def plan_for(cell: str, H: int, dtype: str, limits: Limits, heads: int = 1) -> Plan:
-    """The plan of a batch of 8, one direction of some heads of H units."""
+def plan_for(cell: str, H: int, dtype: str, limits: Limits, heads: int = 1, batch: int = 8) -> Plan:
+    """The plan of one direction of some heads of H units."""
     kind, precision = DTYPES[dtype]
-    request = PlanRequest(kernels_of(cell), H, kind, 8, heads, precision, heads=heads)
+    request = PlanRequest(kernels_of(cell), H, kind, batch, heads, precision, heads=heads)
     return make_plan(request, limits)
 
 
@@ -125,6 +126,7 @@ def rows(
     kernels: list[str],
     options: list[str],
     heads: int = 1,
+    batch: int = 8,
 ) -> Iterator[Row]:
     """Every row asked for that has a plan."""
     for target, limits in LIMITS.items():
@@ -134,12 +136,12 @@ def rows(
             for dtype in dtypes:
                 for H in hidden:
                     try:
-                        plan = plan_for(cell, H, dtype, limits, heads)
+                        plan = plan_for(cell, H, dtype, limits, heads, batch)
                     except DoesNotFit:
                         continue
                     for kernel, option in product(kernels, options):
                         row = planned_row(kernel, cell, dtype, H, str(target), plan)
-                        row.options = option
+                        row.options, row.batch = option, batch
                         names_of = {"none": (), "all": ALL}.get(option, (option,))
                         what = kernel, cell, H, dtype, limits, plan
                         measure(row, compile_sweep(*what, options=names_of, heads=heads))
@@ -181,6 +183,7 @@ def main() -> None:
     )
     parser.add_argument("--hidden", nargs="*", type=int, default=[64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--heads", type=int, default=1, help="of as many hidden units each")
+    parser.add_argument("--batch", type=int, default=8, help="sequences, for which the plan is")
     parser.add_argument("--dtype", nargs="*", default=["bf16"], choices=DTYPES)
     parser.add_argument("--kernel", nargs="*", default=KERNELS, choices=KERNELS)
     parser.add_argument("--json", help="also write the rows to this file, one JSON object a line")
@@ -201,7 +204,8 @@ def main() -> None:
     out = open(args.json, "w") if args.json else None  # noqa: SIM115
     asked = args.target, args.cell, args.hidden, args.dtype, args.kernel
     for row in chain(
-        rows(*asked, args.options or choices, args.heads), peer_rows(*asked) if args.compare else ()
+        rows(*asked, args.options or choices, args.heads, args.batch),
+        peer_rows(*asked) if args.compare else (),
     ):
         values = dataclasses.asdict(row)
         print(

@@ -223,11 +223,11 @@ def loop_counts(sass: str) -> dict[str, int]:
     return counts
 
 
-def weight_reads(ttgir: str, batch_axis: int = -1) -> dict[str, int]:
+def weight_reads(ttgir: str, batch_axis: int = -1, block_b: int = 16) -> dict[str, int]:
     """Bytes of weights that the time loop reads again, found in Triton's own IR.
 
-    A read of shared memory that was filled before the loop, or a load through a pointer that the
-    loop does not advance, wider along ``batch_axis`` than a batch tile is.
+    A read of shared memory that was filled before the loop, be it by wgmma, or a load through a
+    pointer that the loop does not advance, wider along ``batch_axis`` than a batch tile is.
     """
     size = {"bf16": 2, "f16": 2, "f32": 4}
     lines = ttgir.splitlines()
@@ -248,8 +248,11 @@ def weight_reads(ttgir: str, batch_axis: int = -1) -> dict[str, int]:
         if m := re.search(r"ttg\.local_load (%\w+).*memdesc<([\dx]+)x(\w+),", line):
             if m[1] not in defined:
                 reads["weights_shared"] += _elements(m[2]) * size[m[3]]
+        elif m := re.search(r"warp_group_dot (%\w+), .* : !ttg\.memdesc<([\dx]+)x(\w+),", line):
+            if m[1] not in defined:  # wgmma reads them itself
+                reads["weights_shared"] += _elements(m[2]) * size[m[3]]
         elif (m := re.search(r"tt\.load .*tensor<([\dx]+)x!tt\.ptr<(\w+)>", line)) and (
-            int(m[1].split("x")[batch_axis]) > 16  # no batch tile is wider
+            int(m[1].split("x")[batch_axis]) > max(16, block_b)
         ):
             reads["weights_global"] += _elements(m[1]) * size[m[2]]
     return reads
@@ -277,6 +280,7 @@ def _number(pattern: str, text: str) -> int:
 class Counts(Protocol):
     """A row that takes up what is counted."""
 
+    block_b: int
     registers: int
     spill: int
     shared: int
@@ -285,7 +289,8 @@ class Counts(Protocol):
 def measure(row: Counts, compiled: Any, batch_axis: int = -1) -> None:
     """Fill in what the compiled kernel tells; ``batch_axis`` is that of its tiles."""
     row.shared = compiled.metadata.shared
-    for name, value in weight_reads(compiled.asm["ttgir"], batch_axis).items():
+    reads = weight_reads(compiled.asm["ttgir"], batch_axis, row.block_b)
+    for name, value in reads.items():
         setattr(row, name, value)
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]

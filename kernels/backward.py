@@ -90,7 +90,7 @@ def backward_kernel(
     drop,
     offsets,  # [T + 1]
     counters,  # [batch tiles, D, 2, LINE]
-    partials,  # [groups of a launch, 2, PROGRAMS, PROGRAMS, BLOCK_B, BLOCK_H] fp32
+    partials,  # [groups of a launch, 2, PROGRAMS, PROGRAMS, BLOCK_B, BLOCK_H]: see sweeps.py
     zoneout,  # see sweep.SweepOptions
     clip,
     scale,  # 1.0
@@ -121,6 +121,7 @@ def backward_kernel(
     STREAM: tl.constexpr,
     BLOCK_BARRIER: tl.constexpr,  # see group.py
     MS: tl.constexpr,
+    JOINED: tl.constexpr,
     TOGETHER: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -204,7 +205,7 @@ def backward_kernel(
     ws = ()
     dh = none
     if not STREAM:
-        xs = operands((none, none, none, none), dtype, G, BLOCK_H, BLOCK_B, PRECISION)
+        xs = operands((none, none, none, none), dtype, G, BLOCK_H, BLOCK_B, JOINED, PRECISION)
         ws, nothing = prime_transposed(
             w, scale, u0, xs, nothing, G, H, BLOCK_H, BLOCK_K, CHUNKS, REGISTERS, MS, PRECISION
         )
@@ -268,7 +269,7 @@ def backward_kernel(
         if PADDED:
             slots = clear(u >= H, slots)
         vector_grads = add_where(stored, vector_grads, dparams)
-        xs = operands(slots, dtype, G, BLOCK_H, BLOCK_B, PRECISION)
+        xs = operands(slots, dtype, G, BLOCK_H, BLOCK_B, JOINED, PRECISION)
         if GROUP:
             exchanged = partials + (step % 2) * (PROGRAMS * PART)
             send_partials(

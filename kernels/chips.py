@@ -20,6 +20,7 @@ class Limits:
         warps: as many of a program as may use all those registers.
         wide_mma: a plain dot of 64 rows or more becomes wgmma or tcgen05, not mma.sync.
         fp32_mma: tensor cores multiply fp32; else they take it in parts, see `precision.split`.
+        wgmma: it becomes wgmma, which takes weights from registers and shared memory.
         fast_tanh: tanh.approx.f32 exists, and inline assembly to reach it.
         groups: programs of a launch can wait for each other.
         hop_us: microseconds of a barrier among 32 of them, release to acquire; see `step_cycles`.
@@ -39,6 +40,7 @@ class Limits:
     warps: int = 8
     wide_mma: bool = False
     fp32_mma: bool = False
+    wgmma: bool = False
     fast_tanh: bool = True
     groups: bool = True
     hop_us: float = 0.855
@@ -62,7 +64,17 @@ LIMITS = {
         Limits(80, 108, 163 * _K, 164 * _K, clock=1.41, l2=40, memory=2.0),
         Limits(86, 84, 99 * _K, 100 * _K, clock=1.7, l2=6, memory=0.9),
         Limits(89, 144, 99 * _K, 100 * _K, clock=2.5, l2=72, memory=1.0),
-        Limits(90, 132, 227 * _K, 228 * _K, clock=1.755, l2=50, memory=3.35, wide_mma=True),
+        Limits(
+            90,
+            132,
+            227 * _K,
+            228 * _K,
+            clock=1.755,
+            l2=50,
+            memory=3.35,
+            wide_mma=True,
+            wgmma=True,
+        ),
         Limits(100, 148, 227 * _K, 228 * _K, clock=1.85, l2=126, memory=8.0, wide_mma=True),
         Limits(120, 188, 99 * _K, 100 * _K, clock=2.6, l2=128, memory=1.8),
         # No groups: Triton lets the releasing wave wait for its own stores only, and nothing

@@ -29,6 +29,8 @@ def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
         24 B/cycle   between L2 and one SM, in and out, while all SMs exchange (fitted to an H100);
         5 B/cycle    to each warp from tiles of weights in shared memory, conversions included
                      (fitted to an H100 and an H200; what the chip has is 128 for an SM)
+        12 cycles    or half the batch tile, if that is more, for a wgmma of 64 rows and 16 columns,
+                     the tensor cores' rate; 300 for each tile of joined gates (fitted to an H200)
         300 cycles   a load that hits L2 (the same paper: 260 to 280, and the way back)
         0.855 us     release to acquire among 32 programs, measured on an H100: 0.64 among 2 to 8,
                      0.83 among 16, 0.96 among 132, but steps of small groups do not gain the
@@ -44,13 +46,16 @@ def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
     slots = request.cell.slots
     elements = max(1.0, plan.block_h * plan.block_b / (plan.warps * limits.warp))
     fma = 16 if request.itemsize == 2 else 8
-    wide = plan.block_b // 8
     local = 2 * (400 + 35 * slots * elements)
-    local += 100 * columns / plan.block_k
+    local += (300 if plan.joined else 100) * columns / plan.block_k
+    wide = plan.block_b // 8
     if plan.block_h * plan.block_b < plan.warps * limits.warp:
         local += 2 * 150  # threads without a unit of their own: more conversions
     if request.ieee:
         chain = _full_precision(request, plan, limits, columns)
+    elif plan.joined:
+        tiles = columns * plan.block_h * slots / (16 * 64)
+        chain = 2 * tiles * max(12, plan.block_b / 2)
     else:
         chain = 33 * wide * columns / (fma * plan.k_split)
         chain += 33 * wide * request.cell.gates * plan.block_h / fma
@@ -58,13 +63,16 @@ def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
         return local + chain
     kept = request.cell.gates * plan.block_h * columns * operand_bytes(request, limits)
     hop = 2 * (1000 * limits.hop_us * limits.clock + 300)
-    exchange = columns * plan.block_b * (request.itemsize + 4 + 4) / L2_BYTES
+    part = request.itemsize if plan.joined else 4
+    exchange = columns * plan.block_b * (request.itemsize + 2 * part) / L2_BYTES
     if plan.regime == "streamed":
         kept = request.cell.gates * plan.block_h * columns * request.itemsize
         all_weights = plan.programs * kept
         fits = all_weights < limits.l2 * 2**20
         from_memory = 0 if fits else all_weights / (limits.memory * 1000 / limits.clock)
         weights = 2 * max(kept / L2_BYTES, from_memory)
+    elif plan.joined:
+        weights = 0.0
     else:
         left = kept - 128 * plan.weight_registers * plan.warps
         weights = 2 * left / (SHARED_BYTES * plan.warps)

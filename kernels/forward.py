@@ -23,6 +23,14 @@ from fused_rnn.kernels.options import (
     load_restarts,
 )
 from fused_rnn.kernels.precision import to_tf32
+from fused_rnn.kernels.products import (
+    load_chunks,
+    multiply,
+    multiply_in_group,
+    multiply_streamed,
+    prime,
+    to_slots,
+)
 from fused_rnn.kernels.states import (
     clear,
     load_states,
@@ -43,13 +51,6 @@ from fused_rnn.kernels.tiles import (
     to_memory,
     unpack,
     words,
-)
-from fused_rnn.kernels.weights import (
-    join_gates,
-    load_h,
-    multiply,
-    multiply_streamed,
-    prime,
 )
 
 
@@ -102,6 +103,7 @@ def forward_kernel(
     BLOCK_BARRIER: tl.constexpr,  # see group.py
     KS: tl.constexpr,
     MS: tl.constexpr,
+    JOINED: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -192,17 +194,20 @@ def forward_kernel(
         halves = multiply_streamed(w, first_h, there, u0, G, H, BLOCK_H, BLOCK_K, PRECISION)
     else:
         if GROUP:
-            hs = load_h(first_h, there, H, BLOCK_K, CHUNKS, dtype, PRECISION)
+            hs = load_chunks(first_h, there, H, BLOCK_K, CHUNKS, dtype, JOINED, PRECISION)
         else:
             hs = (to_tf32(operand, PRECISION),)
-        ws, halves = prime(w, scale, u0, hs, G, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION)
+        ws, halves = prime(
+            w, scale, u0, hs, G, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, JOINED, PRECISION
+        )
 
     row, count = step_rows(offsets, length, t, T, B)
     next_row, next_count = step_rows(offsets, length, t + dt, T, B)
     x = load_gates(gates, row, gate_at, (m < WORDS * H) & (seq < count), WORDS * H)
     if bias is not None:
         x = insert_recurrent_bias(x, bias_n, m, WORDS)
-    acc = join_gates(halves, G, BLOCK_H, KS, MS) + from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
+    acc = to_slots(halves, G, BLOCK_H, KS, MS, JOINED)
+    acc += from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
     pre = unpack(acc, APART)
     once = (steps > 0).to(tl.int32)
     step = 0
@@ -259,12 +264,12 @@ def forward_kernel(
                 operand_seq + next_row.to(tl.int64) * WIDTH if IN_MEMORY else out_at
             ) + b * WIDTH
             present = seq < (next_count if IN_MEMORY else B)
-            if STREAM:
-                halves = multiply_streamed(w, h_at, present, u0, G, H, BLOCK_H, BLOCK_K, PRECISION)
-            else:
-                hs = load_h(h_at, present, H, BLOCK_K, CHUNKS, dtype, PRECISION)
-                halves = multiply(ws, hs, once, G, RESIDENT, KS, MS, PRECISION)
-        acc = join_gates(halves, G, BLOCK_H, KS, MS) + from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
+            halves = multiply_in_group(
+                w, ws, h_at, present, u0, once, G, H, BLOCK_H, BLOCK_K, CHUNKS, RESIDENT, STREAM,
+                KS, MS, JOINED, PRECISION,
+            )  # fmt: skip
+        acc = to_slots(halves, G, BLOCK_H, KS, MS, JOINED)
+        acc += from_memory(x, dtype, S, BLOCK_H, BLOCK_B)
         pre = unpack(acc, APART)
         row, count, next_row, next_count = next_row, next_count, after_row, after_count
         t += dt

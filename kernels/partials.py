@@ -40,14 +40,23 @@ def operands(
     G: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    JOINED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Both halves of what goes through the weights; GRU has one gate in the last, of slot 3."""
+    """Both halves of what goes through the weights; GRU has one gate in the last, of slot 3.
+
+    Joined gates are one operand; the weights of GRU's slot 2 are zeros in it.
+    """
     x = to_tf32(slots[0].to(dtype), PRECISION)
     if G == 1:
         if BLOCK_H < 16:
             x = join_rows(x, tl.zeros_like(x), BLOCK_H, BLOCK_B)
         return (x,)
+    elif JOINED:
+        x = tl.join(x, slots[3 if G == 3 else 2].to(dtype))
+        y = tl.join(slots[1].to(dtype), slots[3].to(dtype))
+        x = tl.permute(tl.join(x, y), (2, 3, 0, 1))
+        return (tl.reshape(x, (4 * BLOCK_H, BLOCK_B)),)
     else:
         x = join_rows(x, to_tf32(slots[1].to(dtype), PRECISION), BLOCK_H, BLOCK_B)
         y = to_tf32(slots[3].to(dtype), PRECISION)
@@ -85,12 +94,13 @@ def multiply_transposed(tiles, xs, init, none, MS: tl.constexpr, PRECISION: tl.c
 @triton.jit
 def load_half(
     w, scale, u0, chunk, first: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, MS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, MS: tl.constexpr, HALVES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A transposed tile of the half whose first gate is given."""
-    GATES: tl.constexpr = 2 if first + 1 < G else 1
+    """A transposed tile of the half whose first gate is given, or of all of joined gates."""
+    GATES: tl.constexpr = 4 if HALVES == 1 and G > 1 else (2 if first + 1 < G else 1)
     tile = load_weights(
-        w, scale, u0, chunk, first, GATES, H, BLOCK_H, BLOCK_K, 1, MS, True, PRECISION
+        w, scale, u0, chunk, first, GATES, H, BLOCK_H, BLOCK_K, 1, MS, True, PRECISION, GATES > G
     )
     if GATES * BLOCK_H < 16:
         tile = widen(tile)
@@ -107,19 +117,19 @@ def prime_transposed(
     ws = ()
     for i in tl.static_range(CHUNKS):
         tiles = ()
-        for j in tl.static_range(0, G, 2):
+        for j in tl.static_range(len(xs)):
             if i + j > 0:
                 tl.debug_barrier()
-            tile = load_half(w, scale, u0, i, j, G, H, BLOCK_H, BLOCK_K, MS, PRECISION)
-            init = through_weights(tile, xs[j // 2], init, MS, PRECISION)
+            tile = load_half(w, scale, u0, i, 2 * j, G, H, BLOCK_H, BLOCK_K, MS, len(xs), PRECISION)
+            init = through_weights(tile, xs[j], init, MS, PRECISION)
             tiles = tiles + (tile,)
         if i < REGISTERS:
             ws = ws + (tiles,)
     for i in tl.static_range(REGISTERS, CHUNKS):
         tl.debug_barrier()
         tiles = ()
-        for j in tl.static_range(0, G, 2):
-            tile = load_half(w, None, u0, i, j, G, H, BLOCK_H, BLOCK_K, MS, PRECISION)
+        for j in tl.static_range(len(xs)):
+            tile = load_half(w, None, u0, i, 2 * j, G, H, BLOCK_H, BLOCK_K, MS, len(xs), PRECISION)
             tiles = tiles + (tile,)
         ws = ws + (tiles,)
     return ws, init
@@ -151,6 +161,7 @@ def store_partial(
     k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
     at = ((k // BLOCK_H) * PROGRAMS + program) * (BLOCK_H * BLOCK_B)
     at += tl.arange(0, BLOCK_B)[None, :] * BLOCK_H + k % BLOCK_H
+    part = part.to(partials.dtype.element_ty)
     tl.store(partials + at, part, mask=k < PROGRAMS * BLOCK_H)
 
 
@@ -165,10 +176,12 @@ def send_partials(
     if STREAM:
         for i in tl.range(0, CHUNKS, num_stages=3):
             part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
-            for j in tl.static_range(0, G, 2):
-                tile = load_half(w, None, u0, i, j, G, H, BLOCK_H, BLOCK_K, 1, PRECISION)
+            for j in tl.static_range(len(xs)):
+                tile = load_half(
+                    w, None, u0, i, 2 * j, G, H, BLOCK_H, BLOCK_K, 1, len(xs), PRECISION
+                )
                 tile = when_used(tile, PRECISION)
-                part = through_weights(tile, xs[j // 2], part, 1, PRECISION)
+                part = through_weights(tile, xs[j], part, 1, PRECISION)
             store_partial(part, partials, i, program, PROGRAMS, BLOCK_H, BLOCK_K, BLOCK_B)
     else:
         for i in tl.static_range(CHUNKS):

@@ -89,6 +89,7 @@ class Plan:
         step_us: a guess of both sweeps' time per step in microseconds, all launches together;
             it ranks plans and is no measurement.
         heads: what `reason` says of the heads of the layer, if it has any.
+        joined: all gates of a program's units are one tile of weights, see `products.py`.
     """
 
     regime: Regime
@@ -110,6 +111,7 @@ class Plan:
     step_us: float = field(compare=False)
     why: str = field(compare=False, default="")
     heads: str = field(compare=False, default="")
+    joined: bool = False
 
     @cached_property
     def _hash(self) -> int:
@@ -139,6 +141,8 @@ class Plan:
     def __str__(self) -> str:
         tile = f"{self.block_h} units x {self.block_b} sequences in {self.warps} warps"
         text = f"{self.regime}: {tile}, weights in {self.weights}"
+        if self.joined:
+            text += ", gates joined"
         if self.programs > 1:
             text += f", groups of {self.programs} programs"
         if self.tiles:

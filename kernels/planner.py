@@ -18,6 +18,8 @@ WORKING = 120  # registers per thread beside the weights: 80 to 115 in the compi
 WORKING_SHARED = 155  # the same if tiles from shared memory pass through registers, too
 STATES, FACTORS = 2, 6  # of the LSTM, which has most of the cells that those were counted for
 TILES = 14  # of its step in registers at once: slots, factors, states
+WORKING_JOINED = 127  # the same where no tile does, and h is read in pieces
+H_CHUNKS = 4  # of h in shared memory for wgmma, see `products.AHEAD`
 MOST_CHUNKS = 8  # of h in registers, see `weights.load_h`
 MOST_WORK = 1.35  # padded over needed, if a group can have less
 STAGES = 3  # tiles of streamed weights under way
@@ -40,7 +42,7 @@ def plans(request: PlanRequest, limits: Limits) -> list[Plan]:
     except DoesNotFit as reason:
         refusal = str(reason)
     if limits.groups and not request.cell.whole:
-        groups = list(_cooperative(request, limits))
+        groups = [*_cooperative(request, limits), *_joined(request, limits)]
         if not fitting and not groups:
             groups = list(_streamed(request, limits))
         fitting += [plan for plan in groups if plan.work <= MOST_WORK] or _least_work(groups)
@@ -223,6 +225,53 @@ def _cooperative(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
             )
             if shared <= limits.shared and plan.tiles:
                 yield plan
+
+
+def _joined(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
+    """A cooperative group with all gates in one tile of 128 rows, for wgmma.
+
+    Its weights are in registers and in shared memory, where wgmma reads them. Three tiles are in
+    registers; more of them would leave the compiler too few, and only do so where they must.
+    """
+    H, itemsize = request.H, request.itemsize
+    if itemsize != 2 or not limits.wgmma:
+        return
+    rows = block_k = 128  # eight warps of 16 rows, in the reverse sweep, too
+    warps, block_h = 8, rows // request.cell.slots
+    programs, count = -(-H // block_h), -(-H // block_k)
+    tile = rows * block_k * itemsize
+    tile_registers = tile // (128 * warps)
+    for block_b in (16, 32):
+        if programs < 2 or block_b // 2 >= request.B:
+            continue
+        more = _more_registers(request, limits, block_h, warps, block_b)
+        room = max(0, limits.registers - WORKING_JOINED - more) // tile_registers
+        h = block_k * block_b * itemsize
+        beyond = count - (limits.shared - 1024 - H_CHUNKS * h) // tile
+        chunks = min(count, room, max(3, beyond))
+        kept = (count - chunks) * tile
+        shared = 1024 + max(kept + H_CHUNKS * h, tile + count * h)  # the latter before the loop
+        weights = {count: "registers", 0: "shared"}.get(chunks, "registers and shared")
+        plan = _plan(
+            request,
+            limits,
+            regime="cooperative",
+            block_h=block_h,
+            block_k=block_k,
+            block_b=block_b,
+            warps=warps,
+            k_split=1,
+            m_split=1,
+            programs=programs,
+            tiles=1,
+            chunks=chunks,
+            weights=weights,
+            weight_registers=chunks * tile_registers,
+            shared=shared,
+            joined=True,
+        )
+        if shared <= limits.shared and plan.tiles:
+            yield plan
 
 
 def _streamed(request: PlanRequest, limits: Limits) -> Iterator[Plan]:

@@ -252,7 +252,9 @@ def partials_memory(plan: Plan, B: int, D: int, like: Tensor) -> Tensor | None:
         return None
     groups = max(tiles * directions for _, tiles, _, directions in plan.launches(B, D))
     size = 2 * plan.programs**2 * plan.block_h * plan.block_b
-    return torch.empty(groups * size, dtype=torch.float32, device=like.device)
+    # Those of wide batch tiles are rounded: half the bytes through L2, of which they have most.
+    dtype = like.dtype if plan.joined else torch.float32
+    return torch.empty(groups * size, dtype=dtype, device=like.device)
 
 
 def _target(sweep: Sweep, like: Tensor, target: GPUTarget | None) -> GPUTarget | None:

@@ -29,6 +29,7 @@ def forward_variant(sweep: Sweep, H: int, save: bool, target: GPUTarget | None) 
         "SAVE": save,
         "KS": plan.k_split,
         "MS": plan.m_split,
+        "JOINED": plan.joined,
         "PRECISION": _precision(sweep, target),
     }
     variant = Variant(forward_kernel, constants, launch_options(plan))
@@ -44,7 +45,7 @@ def reverse_variant(sweep: Sweep, H: int, target: GPUTarget | None) -> Variant:
     if known is not None and known[0] is functions and known[1].kernel is backward_kernel:
         return known[1]
     # As many programs' partial sums at a time as fill the threads with 16 bytes each.
-    together = 128 * plan.warps // (plan.block_h * plan.block_b)
+    together = (256 if plan.joined else 128) * plan.warps // (plan.block_h * plan.block_b)
     constants = sweep_constants(plan, len(reverse) * sweep.heads, target) | {
         "FACTORS": functions.factors,
         "ADJOINT": functions.adjoint,
@@ -53,6 +54,7 @@ def reverse_variant(sweep: Sweep, H: int, target: GPUTarget | None) -> Variant:
         "NEEDS_H": cell.needs_h,
         "H": H,
         "MS": plan.k_split * plan.m_split,
+        "JOINED": plan.joined,
         "TOGETHER": max(1, min(8, together)),
         "PRECISION": _precision(sweep, target),
     }

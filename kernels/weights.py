@@ -1,9 +1,9 @@
 """The recurrent weights of a program, and the products with them.
 
 A program owns BLOCK_H hidden units. Of each gate it holds their rows of the weights, cut along all
-H units into chunks of BLOCK_K, the first two gates of a cell apart from the others. The left
-operand of every product is a tile of weights, the right one has a column for each sequence, so that
-a batch tile of 8 fills the tensor cores.
+H units into chunks of BLOCK_K, the first two gates of a cell apart from the others, or joined. The
+left operand of every product is a tile of weights, the right one has a column for each sequence, so
+that a batch tile of 8 fills the tensor cores.
 """
 
 import triton
@@ -27,10 +27,12 @@ def load_weights(
     MS: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr = False,
 ):
     """A left operand: a tile of gates FIRST .. FIRST + GATES - 1 of w [G * H, H], in torch's order.
 
     It lies between BLOCK_H units from u0, which this program owns, and a chunk of all units.
+    With SLOTS they are GRU's four slots: the third is zeros, and no gate in w.
 
     Forward  [GATES * BLOCK_H, BLOCK_K]: row = gate * BLOCK_H + unit, so that with 16 * num_warps
              units, or fewer warps, all gates of a unit end up in one thread.
@@ -62,7 +64,10 @@ def load_weights(
         gate = row // UNITS
         unit = u0 + part * UNITS + row % UNITS
         at = ((FIRST + gate) * H + unit) * H + k
-    tile = tl.load(w + at, mask=(unit < H) & (k < H), other=0.0)
+    mask = (unit < H) & (k < H)
+    if SLOTS:
+        mask, at = mask & (gate != 2), at - gate // 3 * (H * H)
+    tile = tl.load(w + at, mask=mask, other=0.0)
     if KS * MS > 1:
         tile = tl.permute(tile, (1, 0, 2))
     if scale is not None:
@@ -128,6 +133,7 @@ def first_products(
     KS: tl.constexpr,
     MS: tl.constexpr,
     PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr = False,
 ):
     """The resident tiles of some gates, and their product with xs.
 
@@ -141,7 +147,7 @@ def first_products(
         if i * BLOCK_K < H:
             tl.debug_barrier()
             tile = load_weights(
-                w, scale, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False, PRECISION
+                w, scale, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False, PRECISION, SLOTS
             )
             acc = product(tile, xs[i], acc, KS, MS, PRECISION)
             if i < REGISTERS:
@@ -150,7 +156,7 @@ def first_products(
         if i * BLOCK_K < H:
             tl.debug_barrier()
             tile = load_weights(
-                w, None, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False, PRECISION
+                w, None, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False, PRECISION, SLOTS
             )
             ws = ws + (tile,)
     return ws, acc
@@ -177,7 +183,7 @@ def stream_product(
         )
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
         x = tl.load(at + k, mask=(k < H) & running, other=0.0, cache_modifier=".cg")
-        x = to_tf32(x.to(tile.dtype), PRECISION)
+        x = to_tf32(x.to(w.dtype.element_ty), PRECISION)
         acc = product(when_used(tile, PRECISION), x, acc, 1, 1, PRECISION)
     return acc
 
@@ -261,7 +267,7 @@ def add_slices(x, S: tl.constexpr, KS: tl.constexpr):
 
 
 @triton.jit
-def join_gates(halves, G: tl.constexpr, BLOCK_H: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr):
+def join_halves(halves, G: tl.constexpr, BLOCK_H: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr):
     """The products of both halves to the slots of a cell, as `tiles.from_memory` has them."""
     acc = gate_tiles(halves[0], 2 if G > 1 else 1, BLOCK_H, KS, MS)
     if G > 1:
@@ -278,52 +284,3 @@ def join_gates(halves, G: tl.constexpr, BLOCK_H: tl.constexpr, KS: tl.constexpr,
     if KS > 1:
         acc = add_slices(acc, 4 if G > 1 else 1, KS)
     return acc
-
-
-# Both halves of the weights, (first two gates, others), or the only one of a cell with one gate.
-
-
-@triton.jit
-def prime(
-    w, scale, u0, hs, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, REGISTERS: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The resident weights, and their product with the first h (see `first_products`)."""
-    FIRST: tl.constexpr = 2 if G > 1 else 1
-    ws, acc = first_products(
-        w, scale, u0, hs, 0, FIRST, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
-    )
-    if G == 1:
-        return (ws,), (acc,)
-    else:
-        ws_last, last = first_products(
-            w, scale, u0, hs, 2, G - 2, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
-        )
-        return (ws, ws_last), (acc, last)
-
-
-@triton.jit
-def multiply(
-    ws, hs, once, G: tl.constexpr, REGISTERS: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """W h from resident weights."""
-    halves = (products(ws[0], hs, once, REGISTERS, KS, MS, PRECISION),)
-    if G > 1:
-        halves = halves + (products(ws[1], hs, once, REGISTERS, KS, MS, PRECISION),)
-    return halves
-
-
-@triton.jit
-def multiply_streamed(
-    w, at, running, u0, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """W h from weights that are read on the way."""
-    FIRST: tl.constexpr = 2 if G > 1 else 1
-    halves = (stream_product(w, at, running, u0, 0, FIRST, H, BLOCK_H, BLOCK_K, PRECISION),)
-    if G > 1:
-        last = stream_product(w, at, running, u0, 2, G - 2, H, BLOCK_H, BLOCK_K, PRECISION)
-        halves = halves + (last,)
-    return halves

@@ -67,6 +67,7 @@ class Case:
 
 
 STREAMED = {"regime": "streamed"}
+JOINED = {"joined": True, "block_k": 16}
 CASES = {
     # Members of a group; of the last one, from 1 to all 16 units exist.
     "2_programs": Case(17, T=1),
@@ -95,6 +96,11 @@ CASES = {
     "split_2_2": Case(43, plan={"block_h": 32, "k_split": 2, "m_split": 2}),
     "split_4_2": Case(57, plan={"block_k": 64, "block_h": 32, "k_split": 4, "m_split": 2}),
     "split_2_4": Case(77, plan={"block_h": 64, "k_split": 2, "m_split": 4, "chunks": 1}),
+    # All gates in one tile, which is wgmma on sm_90, and h in more chunks than are under way.
+    "joined": Case(33, T=3, plan=JOINED),
+    "joined_shared_1_of_3": Case(41, plan=JOINED | {"block_h": 32, "chunks": 1}),
+    "joined_shared_0_of_5": Case(75, plan=JOINED | {"chunks": 0}),
+    "joined_wide_packed": Case(19, 17, D=2, packed=True, plan=JOINED | {"block_b": 32}),
     "streamed": Case(40, plan=STREAMED),
     "streamed_multiples": Case(64, plan=STREAMED | {"block_h": 32}),
     "streamed_1_tile": Case(31, T=3, plan=STREAMED | {"block_k": 64}),

@@ -170,4 +170,5 @@ def time_sweeps(plan: Plan, request: PlanRequest, device: torch.device) -> float
 
 def _marks(plan: Plan) -> list[Any]:
     """What tells a plan from the other ones for the same request."""
-    return [plan.regime, plan.block_h, plan.block_k, plan.block_b, plan.warps]
+    joined = ["joined"] if plan.joined else []  # else as they were before there was such a plan
+    return [plan.regime, plan.block_h, plan.block_k, plan.block_b, plan.warps, *joined]

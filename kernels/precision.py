@@ -160,7 +160,8 @@ def product(w, x, init, KS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.conste
             left = left.to(tl.float32)
             right = right.to(tl.float32)
         right = slices(right, KS, MS)
-        how: tl.constexpr = "tf32" if PRECISION == ROUNDED else PRECISION
+        # 16-bit operands have one part in any precision.
+        how: tl.constexpr = "tf32" if PRECISION == ROUNDED or PRECISION == "tf32" else "ieee"
         acc = tl.dot(left, right, init, input_precision=how)
     else:
         if len(w) == 2:

@@ -18,7 +18,9 @@ MOST_PIECES = 64
 # which is a hop between streams, and the weights' way into registers.
 PIECE_US = 25.0
 FORWARD_SHARE = 0.35  # of a forward and a reverse step together
-FORWARD_HOST_US, REVERSE_HOST_US = 60.0, 120.0  # for each piece of each layer
+# Of the host, for each layer and for each of its pieces. Measured beside an H200, before a piece's
+# launch took over what the first one had found: no more than that.
+FORWARD_HOST_US, REVERSE_HOST_US = (420.0, 85.0), (300.0, 220.0)
 WORTH = 0.9  # of the time that the layers take one after the other; else they run so
 
 
@@ -73,7 +75,7 @@ def cut_stack(
     cuts = []
     for share, host in ((FORWARD_SHARE, FORWARD_HOST_US), (1 - FORWARD_SHARE, REVERSE_HOST_US)):
         step_us = share * plan.step_us
-        cuts.append(_cut(layers, T, streams, step_us, 0.0 if captured else host))
+        cuts.append(_cut(layers, T, streams, step_us, (0.0, 0.0) if captured else host))
     return Cuts(*cuts)
 
 
@@ -92,7 +94,12 @@ def layers_at_a_time(request: PlanRequest, plan: Plan, limits: Limits) -> int:
 
 
 def stack_us(
-    layers: int, T: int, pieces: int, streams: int, step_us: float, host_us: float = 0.0
+    layers: int,
+    T: int,
+    pieces: int,
+    streams: int,
+    step_us: float,
+    host_us: tuple[float, float] = (0.0, 0.0),
 ) -> float:
     """A model of the time of one sweep through a stack, in microseconds; no measurement.
 
@@ -102,15 +109,16 @@ def stack_us(
         pieces: of the time.
         streams: layers at a time.
         step_us: of one layer's step.
-        host_us: of the host, for each piece of each layer.
+        host_us: of the host, for each layer and for each of its pieces.
     """
     if pieces == 1 or streams == 1:
         return layers * T * step_us
     rounds = -(-layers // streams) * pieces + min(layers, streams) - 1
-    return max(rounds * (T / pieces * step_us + PIECE_US), layers * pieces * host_us)
+    host = layers * (host_us[0] + pieces * host_us[1])
+    return max(rounds * (T / pieces * step_us + PIECE_US), host)
 
 
-def _cut(layers: int, T: int, streams: int, step_us: float, host_us: float) -> Cut:
+def _cut(layers: int, T: int, streams: int, step_us: float, host_us: tuple[float, float]) -> Cut:
     if streams < 2:
         return Cut(1, T, 1, "one fills the chip")
     counts, most = [1], min(MOST_PIECES, T // GRAIN)

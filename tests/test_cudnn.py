@@ -279,11 +279,27 @@ def test_flattening_within_a_tracer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == ["moved"]
 
 
-# ---- the weights in one piece, on a GPU ---------------------------------------------------------
+# ---- the weights in one piece -------------------------------------------------------------------
 
 
 def in_one_piece(layer: Any) -> bool:
     return layer.flat_memory([*layer.parameters()]) is not None
+
+
+def test_twins_and_copies_are_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each call of cuDNN would copy the weights first."""
+
+    def flatten(stack: Any, input_size: int, weights: list[Tensor]) -> Any:
+        return weights[0], [w.data_ptr() for w in weights]
+
+    assert not in_one_piece(fused_rnn.fuse(nn.LSTM(3, 6)))
+    monkeypatch.setattr(cudnn, "flatten", flatten)
+    twin = fused_rnn.fuse(nn.LSTM(3, 6, num_layers=2))
+    for layer in (twin, copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
+        assert in_one_piece(layer)
+    assert in_one_piece(fused_rnn.fuse(nn.Sequential(nn.GRU(3, 6)))[0])
+    torch.nn.utils.parametrize.register_parametrization(twin, "weight_hh_l0", nn.Identity())
+    assert not in_one_piece(copy.deepcopy(twin))
 
 
 @pytest.mark.gpu
@@ -297,16 +313,14 @@ def test_as_torch_nn_on_a_gpu(kind: str, shape: str, dtype: torch.dtype) -> None
     plain, fused = twins(kind, 3, 6, dtype=dtype, backend="native", **SHAPES[shape])
     plain.cuda()
     fused.cuda()
-    made = (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)))
-
+    made = fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fused_rnn.fuse(plain)
+    made[-1].backend = "native"  # type: ignore[assignment]
     x = torch.randn(5, 4, 3, dtype=dtype)
     hx = [h.cuda() for h in states(plain, 5 if "batch_first" in SHAPES[shape] else 4)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = run(plain, [x.cuda()], hx, lambda xs: xs[0])
         for layer in made:
-            assert in_one_piece(layer) is (layer is fused)
-            layer.flatten_parameters()
             assert in_one_piece(layer)
             found = run(layer, [x.cuda()], hx, lambda xs: xs[0])
             torch.testing.assert_close(found, expected)

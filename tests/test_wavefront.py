@@ -267,8 +267,8 @@ def test_all_programs_under_way_are_resident(
 def test_more_pieces_where_a_graph_spares_the_host() -> None:
     (plan,) = all_plans("lstm", "bf16", 512, 8, 1, LIMITS[90])[:1]
     request = fused_rnn.kernels.plan.PlanRequest(CELLS["lstm"].kernels, 512, torch.bfloat16, 8, 1)
-    called = pieces.cut_stack(request, plan, 4, 256, LIMITS[90])
-    captured = pieces.cut_stack(request, plan, 4, 256, LIMITS[90], captured=True)
+    called = pieces.cut_stack(request, plan, 4, 1024, LIMITS[90])
+    captured = pieces.cut_stack(request, plan, 4, 1024, LIMITS[90], captured=True)
     assert captured.forward.pieces > called.forward.pieces > 1
     assert pieces.stack_us(4, 256, 1, 4, 2.0) == 4 * 256 * 2
     assert pieces.stack_us(4, 256, 4, 4, 2.0) == 7 * (64 * 2 + pieces.PIECE_US)

@@ -255,15 +255,14 @@ class RecurrentModule(nn.Module):
     def flatten_parameters(self) -> None:
         """Move the parameters into one piece of memory, for cuDNN; what each is, stays.
 
-        As torch.nn's: done by itself when the layer is made or moved, of no effect but on a GPU
-        with cuDNN, in fp16, fp32 or fp64, outside of tracers and transforms.
+        As torch.nn's: done by itself when the layer is made, moved, copied or fused, of no effect
+        but on a GPU with cuDNN, in fp16, fp32 or fp64, outside of tracers and transforms.
         """
         if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
             return
         self.__dict__.pop("_flat_memory", None)
         weights = [self._parameters.get(name) for name in self._sizes.names]
-        plain = all([p is not None for p in weights])  # nor does a parametrization compute one
-        if plain and self.heads == 1 and self._cell.torch is not None:
+        if self.heads == 1 and self._cell.torch and all([p is not None for p in weights]):
             sizes = self.hidden_size, self.proj_size, self.num_layers
             stack = cudnn.Stack(self._cell, *sizes, self.bidirectional, self.batch_first)
             if flat := cudnn.flatten(stack, self.input_size, weights):
@@ -292,6 +291,7 @@ class RecurrentModule(nn.Module):
         state = {name: value for name, value in state.items() if name not in _FORMER}
         super().__setstate__({"proj_size": 0, "backend": "auto"} | OPTIONS | state)
         self._name_parameters()
+        self.flatten_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a copy holds: they have memory of their own."""

@@ -14,21 +14,10 @@ from fused_rnn.kernels.precision import ROUNDED, SPLIT, parts_of, product, stack
 
 @triton.jit
 def load_weights(
-    w,
-    scale,
-    u0,
-    chunk,
-    FIRST: tl.constexpr,
-    GATES: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    KS: tl.constexpr,
-    MS: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SLOTS: tl.constexpr = False,
-):
+    w, scale, u0, chunk, FIRST: tl.constexpr, GATES: tl.constexpr, H: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr,
+    TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr = False,
+):  # fmt: skip
     """A left operand: a tile of gates FIRST .. FIRST + GATES - 1 of w [G * H, H], in torch's order.
 
     It lies between BLOCK_H units from u0, which this program owns, and a chunk of all units.

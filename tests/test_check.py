@@ -132,7 +132,7 @@ def test_each_two_of_cell_type_and_regime_meet(gpu: int) -> None:
     types, regimes = ("fp32", "tf32", "fp16", "bf16"), list(SIZES)
     assert {(r.cell, r.dtype) for r in rows} == {(c, d) for c in CELLS for d in types}
     assert {(r.cell, r.wanted) for r in rows} == {(c, r) for c in CELLS for r in regimes}
-    possible = {(d, r) for d in types for r in regimes} - {("fp32", "cooperative")}
+    possible = {(d, r) for d in types for r in regimes}
     assert {(r.dtype, r.wanted) for r in rows} == possible
     assert len(list(gpu_rows(planner(gpu), every=True))) == 4 * len(possible)
     assert {r.wanted for r in gpu_rows(planner(gpu), quick=True)} == set(regimes)

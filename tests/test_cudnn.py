@@ -251,9 +251,9 @@ def test_who_does_not_ask_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert suits(lstm.eval())
     assert suits(fused_rnn.FusedLSTM(3, 6))
     assert not suits(fused_rnn.FusedLSTM(3, 6), dtype=torch.bfloat16)
-    assert not suits(fused_rnn.FusedGRU(3, 6))
-    assert suits(fused_rnn.FusedGRU(3, 6), dtype=torch.float64)
-    assert suits(fused_rnn.FusedGRU(3, 6, backend="native"))
+    assert not suits(fused_rnn.FusedGRU(3, 600))
+    assert suits(fused_rnn.FusedGRU(3, 600), dtype=torch.float64)
+    assert suits(fused_rnn.FusedGRU(3, 600, backend="native"))
     assert not suits(fused_rnn.FusedLSTM(3, 6), shape=torch.Size((1, 1, 3)))
     assert not suits(fused_rnn.FusedLSTM(3, 6), shape=torch.Size((10**5, 1, 3)))
     for wrong in ((), (3,)):  # which the general way has an error for

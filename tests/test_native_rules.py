@@ -128,6 +128,27 @@ def test_no_rule_where_nothing_was_measured() -> None:
     )
 
 
+def test_small_cells_of_one_state_on_a_gpu() -> None:
+    """Timed were a GRU of 64 units in TF32, and an RNN of 128 in fp16: cuDNN was the faster one."""
+
+    def takes_theirs(
+        cell: str, H: int, dtype: torch.dtype, train: bool, precision: Any = "tf32"
+    ) -> bool:
+        request = plan_request(cell, H, dtype, 32, 1, precision)
+        plan = make_plan(request, LIMITS[90])
+        return native_rules.suits_gpu(request, plan, BatchLayout(512, 32), train) is not None
+
+    for train in (False, True):
+        assert takes_theirs("gru", 64, torch.float32, train)
+        assert not takes_theirs("gru", 65, torch.float32, train)
+        assert not takes_theirs("gru", 64, torch.float16, train)
+        assert takes_theirs("rnn_tanh", 128, torch.float16, train) == train
+        assert not takes_theirs("rnn_relu", 128, torch.float32, train)
+        for cell in CELLS:  # not timed yet
+            assert takes_theirs(cell, 128, torch.float32, train, "ieee")
+            assert not takes_theirs(cell, 129, torch.float32, train, "ieee")
+
+
 # ---- timed on the GPU ---------------------------------------------------------------------------
 
 CUDA = torch.device("cuda")

@@ -64,8 +64,7 @@ def check(plan, cell, dtype, H, B, D, limits):
         where = {0: "shared", count: "registers"}.get(plan.chunks, "registers and shared")
         assert plan.weights == where
 
-    # Each warp has a slice of a batched dot; mma takes 16 columns or rows of it at least, and two
-    # parts of 8.
+    # Each warp has a slice of a batched dot; mma takes 16 rows of it at least, or two parts of 8.
     split = plan.k_split * plan.m_split
     assert split in (1, plan.warps)
     assert plan.block_k // split >= (8 if parts else 16) or split == 1

@@ -87,25 +87,25 @@ def _multiplies(dtype: torch.dtype) -> bool:
 # ---- on a GPU -----------------------------------------------------------------------------------
 
 SLOW_STEP = 40.0  # us of both sweeps, from which cuDNN's launches of every step take less
-FUSED = 128  # hidden units up to which cuDNN runs an LSTM without launches in every step
+FUSED = 128  # hidden units up to which cuDNN runs a layer without launches in every step
 # Steps of such an LSTM below which the host is what counts. Measured were 32, 256 and 1024.
 HOST_TRAIN, HOST_FORWARD = 640, 320
 
 
-def may_suit_gpu(cell: Cell, dtype: torch.dtype) -> bool:
+def may_suit_gpu(dtype: torch.dtype, H: int) -> bool:
     """Whether cuDNN may take less time than the host spends on a call of ours.
 
     It may where it has no launches in every step; and where we have no kernels, it runs anyway.
     """
-    return dtype == torch.float64 or (cell.has_c and dtype != torch.bfloat16)
+    return dtype == torch.float64 or (dtype != torch.bfloat16 and H <= FUSED)
 
 
 def suits_gpu(request: PlanRequest, plan: Plan, layout: BatchLayout, train: bool) -> str | None:
     """Why cuDNN is the faster one; None where our kernels are.
 
-    Measured on two H200 with PyTorch 2.11 and cuDNN 9.19, see docs/speed.md. Where it was not
-    found to be faster (packed batches, two directions, GRU), or nothing was measured (RNN in
-    fp16), our kernels run.
+    Measured on three H200 with PyTorch 2.11 and cuDNN 9.19, see docs/speed.md. Where it was not
+    found to be faster (packed batches, two directions), or nothing was measured (GRU in fp16), our
+    kernels run; but in full fp32 with few units only once they are timed.
 
     Args:
         request: the layer.
@@ -119,11 +119,18 @@ def suits_gpu(request: PlanRequest, plan: Plan, layout: BatchLayout, train: bool
     step = plan.step_us * (3 if plan.regime == "streamed" else 1)
     if step > SLOW_STEP:
         return f"our kernels would take about {step:.0f} us for a step, forward and back"
-    if cell.states == 1 or H > FUSED or D == 2 or ragged or dtype == torch.bfloat16:
+    if H > FUSED or D == 2 or ragged or dtype == torch.bfloat16:
         return None
-    how = f"cuDNN has no launches in every step for an LSTM with H up to {FUSED}"
+    how = f"cuDNN has no launches in every step with H up to {FUSED}"
     if dtype == torch.float32 and precision == "ieee":
-        return f"{how}; ours are slow in full fp32"
+        return f"{how}; ours are not timed yet in full fp32"
+    if cell.states == 1:
+        if cell.gates == 1:
+            if train and dtype == torch.float16:
+                return f"{how}; faster in training of an RNN in fp16"
+            return None
+        small = dtype == torch.float32 and H <= 64
+        return f"{how}; faster for a GRU in fp32 with H up to 64" if small else None
     if train and T * max(B, 128) < HOST_TRAIN * 128:
         return f"{how}: faster in training with few steps"
     if not train and T < HOST_FORWARD:

@@ -116,7 +116,7 @@ def _suits_cudnn(module: RecurrentModule, x: Tensor) -> bool:
     return bool(
         x.is_cuda
         and not dropped  # it would take random numbers that no other engine can repeat
-        and (module.backend == "native" or native_rules.may_suit_gpu(module._cell, x.dtype))
+        and (module.backend == "native" or native_rules.may_suit_gpu(x.dtype, module.hidden_size))
         and native.cudnn()
         and torch.cudnn_is_acceptable(x)
         and 1 < max(x.shape[:-1], default=0) <= native.MOST_STEPS

@@ -135,7 +135,8 @@ def test_each_two_of_cell_type_and_regime_meet(gpu: int) -> None:
     possible = {(d, r) for d in types for r in regimes}
     assert {(r.dtype, r.wanted) for r in rows} == possible
     assert len(list(gpu_rows(planner(gpu), every=True))) == 4 * len(possible)
-    assert {r.wanted for r in gpu_rows(planner(gpu), quick=True)} == set(regimes)
+    quick = [(r.dtype, r.wanted) for r in gpu_rows(planner(gpu), quick=True)]
+    assert quick == [("bf16", "persistent"), ("fp16", "cooperative"), ("fp32", "cooperative")]
 
 
 def test_a_chip_without_groups() -> None:

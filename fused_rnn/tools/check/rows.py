@@ -41,11 +41,11 @@ SIZES = {
     "cooperative": (512, 256, 1024),
     "streamed": (512, 1024, 1536, 2048, 2560, 3072, 4096),
 }
-QUICK_SIZES = {"persistent": (64, 32), "cooperative": (256, 512), "streamed": (256, 512)}
+QUICK_SIZES = {"persistent": (64, 32), "cooperative": (256, 512)}
 QUICK = (
     ("gru", "bf16", "persistent"),
     ("lstm", "fp16", "cooperative"),
-    ("rnn_relu", "fp32", "streamed"),
+    ("rnn_relu", "fp32", "cooperative"),
 )
 # A cell that torch.nn lacks, whose sweeps are derived: it is compared with the loop of its step.
 OWN = "slstm"
@@ -151,7 +151,7 @@ def gpu_rows(
     Args:
         plan_of: the planner: a request to a plan; it may raise DoesNotFit.
         emulated: the tensors lie on the CPU, where torch.nn has no TF32 and times mean nothing.
-        quick: three small rows, one for each regime.
+        quick: three small rows; what streams its weights is not small.
         every: all combinations.
     """
     types = ("fp32", "fp16", "bf16") if emulated else ("fp32", "tf32", "fp16", "bf16")
@@ -185,7 +185,8 @@ def gpu_rows(
     ]
     for cell, dtype, first in QUICK if quick else turns:
         at = regimes.index(first)  # the chip may lack a regime: then the next one
-        options = (find(cell, dtype, r) for r in regimes[at:] + regimes[:at])
+        others = regimes[at:] + regimes[:at]
+        options = (find(cell, dtype, r) for r in others if not quick or r in QUICK_SIZES)
         yield from [row for row in options if row is not None][:1]
 
 

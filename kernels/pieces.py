@@ -5,6 +5,7 @@ layers are at work at once, like a wavefront. Each is on a stream of its own; wh
 room on the chip side by side, several share a stream and take turns.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from fused_rnn.kernels.chips import Limits
@@ -58,6 +59,7 @@ class Cuts(NamedTuple):
         return f"{text}forward {self.forward.reason}, reverse {self.reverse.reason}"
 
 
+@lru_cache(maxsize=4096)
 def cut_stack(
     request: PlanRequest, plan: Plan, layers: int, T: int, limits: Limits, *, captured: bool = False
 ) -> Cuts:

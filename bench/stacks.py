@@ -163,6 +163,7 @@ def model(args: argparse.Namespace) -> str:
         cuts = cut_stack(request, plan, case.layers, case.T, H100, captured=True)
         row = [str(n) for n in (case.layers, case.H, case.B, case.T, cuts.forward.streams)]
         for cut, share in zip(cuts, (FORWARD_SHARE, 1 - FORWARD_SHARE), strict=True):
+            assert cut is not None
             step = share * plan.step_us
             us = stack_us(case.layers, case.T, cut.pieces, cut.streams, step)
             alone = case.layers * case.T * step

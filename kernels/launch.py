@@ -101,13 +101,19 @@ class Launch(NamedTuple):
             tensors: the other memory, of which as much is there, aligned as well.
             T: time steps.
             B: sequences, for which one launch is enough.
+
+        Raises:
+            RuntimeError: it fails, with the plan.
         """
         self.tensors.update(tensors)
         self.numbers.update(T=T, B=B)
         ((_, tiles, _, directions),) = self.plan.launches(B, self.D)
         grid = (self.plan.programs, tiles, directions)
         constants = self.variant.constants.values()
-        kernel[grid](*self.tensors.values(), *self.numbers.values(), *constants)
+        try:
+            kernel[grid](*self.tensors.values(), *self.numbers.values(), *constants)
+        except (RuntimeError, TritonError) as error:
+            raise RuntimeError(f"a sweep failed, planned as {self.plan}: {error}") from error
 
 
 def launch(what: Launch) -> Any:

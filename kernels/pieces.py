@@ -42,28 +42,41 @@ class Cut(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Those of both sweeps of a stack."""
+    """Those of both sweeps of a stack; without gradients there is no reverse one."""
 
     forward: Cut
-    reverse: Cut
+    reverse: Cut | None
 
     @property
     def overlap(self) -> bool:
         """Whether layers run at the same time in any of them."""
-        return max(self.forward.pieces, self.reverse.pieces) > 1
+        return any(cut is not None and cut.pieces > 1 for cut in self)
 
     def __str__(self) -> str:
         if not self.overlap:
             return self.forward.reason
-        text = f"up to {max(self.forward.streams, self.reverse.streams)} layers at a time: "
-        return f"{text}forward {self.forward.reason}, reverse {self.reverse.reason}"
+        streams = max(cut.streams for cut in self if cut is not None)
+        text = f"up to {streams} layers at a time: "
+        if self.reverse is None:
+            return text + self.forward.reason
+        ways = [
+            cut.reason if cut.pieces > 1 else "one by one" for cut in (self.forward, self.reverse)
+        ]
+        return f"{text}forward {ways[0]}, reverse {ways[1]}"
 
 
 @lru_cache(maxsize=4096)
 def cut_stack(
-    request: PlanRequest, plan: Plan, layers: int, T: int, limits: Limits, *, captured: bool = False
+    request: PlanRequest,
+    plan: Plan,
+    layers: int,
+    T: int,
+    limits: Limits,
+    *,
+    train: bool = True,
+    captured: bool = False,
 ) -> Cuts:
-    """Cut both sweeps of a stack of equal layers.
+    """Cut the sweeps of a stack of equal layers.
 
     Args:
         request: one of its layers.
@@ -71,14 +84,16 @@ def cut_stack(
         layers: of the stack.
         T: time steps.
         limits: the chip.
+        train: whether there is a reverse sweep.
         captured: whether a CUDA graph records it, so that the host's time does not count.
     """
     streams = min(layers, layers_at_a_time(request, plan, limits))
-    cuts = []
-    for share, host in ((FORWARD_SHARE, FORWARD_HOST_US), (1 - FORWARD_SHARE, REVERSE_HOST_US)):
-        step_us = share * plan.step_us
-        cuts.append(_cut(layers, T, streams, step_us, (0.0, 0.0) if captured else host))
-    return Cuts(*cuts)
+
+    def cut(share: float, host_us: tuple[float, float]) -> Cut:
+        return _cut(layers, T, streams, share * plan.step_us, (0.0, 0.0) if captured else host_us)
+
+    reverse = cut(1 - FORWARD_SHARE, REVERSE_HOST_US) if train else None
+    return Cuts(cut(FORWARD_SHARE, FORWARD_HOST_US), reverse)
 
 
 def layers_at_a_time(request: PlanRequest, plan: Plan, limits: Limits) -> int:

@@ -32,7 +32,7 @@ def cut_on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return cut
 
 
-SIZES = [(48, 3, 5, 8), (70, 8, 64, 512), (64, 32, 16, 130)]  # T, B, I, H
+SIZES = [(48, 3, 5, 8), (70, 8, 64, 512), (64, 32, 16, 136)]  # T, B, I, H
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.engines.dispatch import Backend
-from fused_rnn.engines.wavefront.stack import StackLayer
+from fused_rnn.engines.wavefront.stack import StackLayer, Wavefront
 from fused_rnn.kernels.launch import LaunchRefused
 from fused_rnn.layers import recording, whole_stack
 from fused_rnn.layers.call import StackCall, describe, describe_layer, each_state, taken_apart
@@ -80,7 +80,7 @@ def _overlapping(
     module: RecurrentModule, call: StackCall, route: functional.Route
 ) -> tuple[tuple[Tensor, ...], States] | None:
     """What :func:`run_stack` returns, of layers that overlap in time; None if they do not."""
-    wave = functional.wavefront_of(route, module.num_layers, dropout_between(module))
+    wave = wavefront_of(module, call, route)
     if isinstance(wave, str):
         return None
     like = route.inputs.x.new_empty(0, module.hidden_size)
@@ -93,9 +93,16 @@ def _overlapping(
     return (out,), taken_apart((h_n,) if c_n is None else (h_n, c_n), module._cell)
 
 
-def dropout_between(module: RecurrentModule) -> float:
-    """The probability with which outputs between layers are dropped in a call."""
-    return module.dropout if module.training else 0.0
+def wavefront_of(
+    module: RecurrentModule, call: StackCall, route: functional.Route
+) -> Wavefront | str:
+    """How the layers of a call overlap, the first going by ``route``; or why they do not."""
+    record = torch.is_grad_enabled() and any(
+        [t is not None and t.requires_grad for t in (call.x, *call.states)]
+        + [t is not None and t.requires_grad for layer in call.weights for d in layer for t in d]
+    )
+    dropout = module.dropout if module.training else 0.0
+    return functional.wavefront_of(route, module.backend, module.num_layers, dropout, record)
 
 
 class FusedRecurrent(FusedRNNBase):

@@ -255,8 +255,8 @@ class RecurrentModule(nn.Module):
     def flatten_parameters(self) -> None:
         """Move the parameters into one piece of memory, for cuDNN; what each is, stays.
 
-        As torch.nn's: done by itself when the layer is made, moved, copied or fused, of no effect
-        but on a GPU with cuDNN, in fp16, fp32 or fp64, outside of tracers and transforms.
+        As torch.nn's: done by itself when the layer is made, moved or fused, of no effect but on a
+        GPU with cuDNN, in fp16, fp32 or fp64, outside of tracers and transforms.
         """
         if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
             return
@@ -291,7 +291,6 @@ class RecurrentModule(nn.Module):
         state = {name: value for name, value in state.items() if name not in _FORMER}
         super().__setstate__({"proj_size": 0, "backend": "auto"} | OPTIONS | state)
         self._name_parameters()
-        self.flatten_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a copy holds: they have memory of their own."""

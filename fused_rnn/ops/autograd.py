@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_rnn.engines import reference
 from fused_rnn.engines.flops import counted
-from fused_rnn.engines.wavefront.backward import backward
+from fused_rnn.engines.wavefront.backward import backward, first_needed, one_by_one
 from fused_rnn.engines.wavefront.forward import forward
 from fused_rnn.engines.wavefront.stack import SavedLayer, StackLayer, Wavefront
 from fused_rnn.spec.context import forward_mode, vectorised
@@ -86,7 +86,8 @@ class StackFunction(torch.autograd.Function):
         ctx: Any, wave: Wavefront, specs: Sequence[LayerSpec], *flat: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Run the stack and keep what backward asks for."""
-        outputs = forward(wave, _layers(specs, flat), save=True)
+        needs = [Needs.restore(part) for part in _parts(specs, ctx.needs_input_grad[2:])]
+        outputs = forward(wave, _layers(specs, flat), first_needed(needs))
         ctx.wave, ctx.specs, ctx.count = wave, specs, len(flat)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*flat, *chain.from_iterable(outputs.saved))
@@ -107,7 +108,12 @@ class StackFunction(torch.autograd.Function):
             if torch.is_grad_enabled() or forward_mode() or vectorised():
                 flat = _differentiable_stack(ctx.wave, layers, saved, grads, needs)
             else:
-                computed = backward(ctx.wave, layers, saved, OutputGrads(*grads), needs)
+                how = layers, saved, OutputGrads(*grads), needs
+                engine = counted(ctx.wave.engine)
+                if engine is ctx.wave.engine:
+                    computed = backward(ctx.wave, *how)
+                else:  # a counter of FLOPs sees layers
+                    computed = one_by_one(ctx.wave, engine, *how)
                 flat = tuple(chain.from_iterable(g.flatten() for g in computed))
         return None, None, *flat
 
@@ -132,10 +138,15 @@ def _differentiable_stack(
 ) -> tuple[Tensor | None, ...]:
     """As :func:`_differentiable`, of a stack."""
     create_graph = torch.is_grad_enabled()
+    lowest = first_needed(needs) or 0
+    below = [None] * sum(len(inputs.flatten()) for _, inputs in layers[:lowest])
+    layers, saved, needs = layers[lowest:], saved[lowest:], needs[lowest:]
+    grads = [grads[0], *[None if g is None else g[lowest:] for g in grads[1:]]]
     with torch.enable_grad():
         copies = [inputs.map(lambda t: t.view_as(t)) for _, inputs in layers]
-        x, finals = copies[0].x, []
+        x, finals = saved[0].x if lowest else copies[0].x, []
         for (spec, _), inputs, kept in zip(layers, copies, saved, strict=True):
+            assert x is not None
             outputs = reference.run(spec, inputs._replace(x=x))
             finals.append(outputs)
             x = outputs.out
@@ -143,7 +154,9 @@ def _differentiable_stack(
                 x = x * kept.mask * wave.scale
         h_n = torch.cat([outputs.h_n for outputs in finals])
         c_n = [outputs.c_n for outputs in finals if outputs.c_n is not None]
+    assert x is not None
     stack = Outputs(x, h_n, torch.cat(c_n) if c_n else None)
     flat = tuple(chain.from_iterable(inputs.flatten() for inputs in copies))
     wanted = tuple(chain.from_iterable(need.flatten() for need in needs))
-    return reference.gradients(stack, OutputGrads(*grads), flat, wanted, create_graph=create_graph)
+    found = reference.gradients(stack, OutputGrads(*grads), flat, wanted, create_graph=create_graph)
+    return (*below, *found)

@@ -213,17 +213,23 @@ def run(
     return outputs if route.segments is None else route.segments.outputs(outputs, inputs)
 
 
-def wavefront_of(route: Route, layers: int, dropout: float) -> Wavefront | str:
+def wavefront_of(
+    route: Route, backend: Backend, layers: int, dropout: float, record: bool
+) -> Wavefront | str:
     """How a stack of layers overlaps whose first one goes by ``route``; or why it does not.
 
     Args:
         route: of the first layer.
+        backend: what the user asks for.
         layers: of the stack, each as the first.
         dropout: probability with which the output of each layer but the last is dropped.
+        record: whether a gradient of any of them may be asked for.
     """
-    engine, spec, x = route.choice.engine, route.spec, route.inputs.x
-    if not isinstance(engine, TritonEngine) or route.way == "transformed":
-        return f"{route.choice.backend} runs them"
+    choice, spec, x = route.choice, route.spec, route.inputs.x
+    if record and route.way == "plain" and choice.engine is not None:  # the first one is frozen
+        choice = choose(spec, x.device, x.dtype, backend, True, autograd_records=True)
+    if not isinstance(choice.engine, TritonEngine) or route.way == "transformed":
+        return f"{choice.backend} runs them"
     if refusal := apart(spec):
         return refusal
     if route.segments is not None:
@@ -232,7 +238,7 @@ def wavefront_of(route: Route, layers: int, dropout: float) -> Wavefront | str:
         return f"there are no streams on {x.device}"
     if torch._C._len_torch_dispatch_stack():
         return "something watches each operation"
-    return wavefront(engine, spec, x, layers, dropout)
+    return wavefront(choice.engine, spec, x, layers, dropout, record)
 
 
 def apart(spec: LayerSpec) -> str | None:
@@ -252,7 +258,7 @@ def run_stack(wave: Wavefront, layers: Sequence[StackLayer]) -> Outputs:
     """Run a stack whose layers overlap; autocast is off."""
     flat = list(chain.from_iterable(inputs.flatten() for _, inputs in layers))
     if not (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in flat])):
-        return Outputs(*forward(wave, layers, save=False)[:3])
+        return Outputs(*forward(wave, layers, None)[:3])
     specs = [spec for spec, _ in layers]
     return Outputs(*StackFunction.apply(wave, specs, *flat))
 

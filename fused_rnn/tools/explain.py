@@ -17,8 +17,8 @@ from fused_rnn.kernels.chips import LIMITS
 from fused_rnn.kernels.pieces import Cuts, cut_stack
 from fused_rnn.kernels.plan import DoesNotFit
 from fused_rnn.layers import whole_stack
-from fused_rnn.layers.base import FusedRecurrent, FusedRNNBase, dropout_between
-from fused_rnn.layers.call import describe, describe_layer
+from fused_rnn.layers.base import FusedRecurrent, FusedRNNBase, wavefront_of
+from fused_rnn.layers.call import StackCall, describe, describe_layer
 from fused_rnn.layers.lstm import FusedLSTM
 from fused_rnn.layers.rnn import FusedGRU
 from fused_rnn.ops import functional
@@ -122,18 +122,24 @@ def explain(
             one = "native", whole.reason
             return Explanations(Explanation(n, *one) for n in range(layer.num_layers))
     described = describe(layer, x, hx, lengths, reset, mask, cells)
-    explanations = []
-    x_n = described.x
+    explanations: list[Explanation] = []
+    how, x_n = "", described.x
     for number in range(layer.num_layers):
         spec, inputs = describe_layer(layer, described, number, x_n, undrawn)
         record = torch.is_grad_enabled() and any(
             [t is not None and t.requires_grad for t in inputs.flatten()]
         )
-        dropout = dropout_between(layer)
-        if gpu is None:
-            choice = _here(spec, inputs, layer.backend, layer.num_layers, dropout)
+        if number == 0 and layer.num_layers > 1:
+            wave = _together(layer, described, spec, inputs, gpu)
+            how = f"; one layer after the other: {wave}" if isinstance(wave, str) else f"; {wave}"
+        if number > 0 and "at a time" in how:  # as the first one, all at once
+            choice: tuple[str, str] = "triton", explanations[0].reason
+        elif gpu is None:
+            choice = _here(spec, inputs, layer.backend)
         else:
-            choice = _on_gpu(spec, inputs.x.dtype, record, layer.backend, gpu, layer.num_layers)
+            choice = _on_gpu(spec, inputs.x.dtype, record, layer.backend, gpu)
+        if choice[0] == "triton" and how not in choice[1]:
+            choice = "triton", choice[1] + how
         explanations.append(Explanation(number, *choice))
         # In the place of the layer's output, of which only this much counts.
         like = inputs.x.new_empty((), requires_grad=record)
@@ -141,31 +147,40 @@ def explain(
     return Explanations(explanations)
 
 
-def _here(
-    spec: LayerSpec, inputs: LayerInputs, backend: Backend, layers: int, dropout: float
-) -> tuple[str, str]:
-    """The backend that runs a layer of a stack on this machine, and the reason."""
+def _here(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> tuple[str, str]:
+    """The backend that runs a layer on this machine, and the reason."""
     route = functional.route_of(spec, inputs, backend)
-    reason = "" if route.segments is None else "segments as a packed batch, "
-    reason += route.choice.reason
-    if layers > 1 and route.choice.backend == "triton":
-        wave = functional.wavefront_of(route, layers, dropout)
-        reason += _together(wave if isinstance(wave, str) else wave.cuts)
-    return route.choice.backend, reason
+    prefix = "" if route.segments is None else "segments as a packed batch, "
+    return route.choice.backend, prefix + route.choice.reason
 
 
-def _together(how: Cuts | str) -> str:
+def _together(
+    layer: FusedRNNBase,
+    call: StackCall,
+    spec: LayerSpec,
+    inputs: LayerInputs,
+    gpu: int | str | None,
+) -> Cuts | str:
     """How the layers of a stack share the time, or why they do not."""
-    return f"; one layer after the other: {how}" if isinstance(how, str) else f"; {how}"
+    if gpu is None:
+        wave = wavefront_of(layer, call, functional.route_of(spec, inputs, layer.backend))
+        return wave if isinstance(wave, str) else wave.cuts
+    if refusal := functional.apart(spec):
+        return refusal
+    if not isinstance(gpu, int) or gpu not in LIMITS:
+        return "not on AMD GPUs"
+    request = plan_request(spec, inputs.x.dtype, rnn_precision())
+    try:
+        plan = planned(request, LIMITS[gpu])[0]
+    except DoesNotFit:
+        return "no kernels run them"
+    train = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+    cuts = cut_stack(request, plan, layer.num_layers, spec.layout.T, LIMITS[gpu], train=train)
+    return cuts if cuts.overlap else str(cuts)
 
 
 def _on_gpu(
-    spec: LayerSpec,
-    dtype: torch.dtype,
-    record: bool,
-    backend: Backend,
-    gpu: int | str,
-    layers: int,
+    spec: LayerSpec, dtype: torch.dtype, record: bool, backend: Backend, gpu: int | str
 ) -> tuple[str, str]:
     """What runs on a GPU that need not be here, be it asked for by name or by "auto"."""
     torchs = native.why_not(spec, torch.device("cuda"))
@@ -182,14 +197,7 @@ def _on_gpu(
     saving = record and spec.recompute
     if backend == "auto" and not (torchs or saving or isinstance(gpu, str)):
         faster = native_rules.suits_gpu(request, plan, spec.layout, record)
-    if faster:
-        return "native", native.because(faster)
-    if layers == 1:
-        return "triton", plan.reason
-    how: Cuts | str = functional.apart(spec) or "not on AMD GPUs"
-    if isinstance(gpu, int) and not functional.apart(spec):
-        how = cut_stack(request, plan, layers, spec.layout.T, LIMITS[gpu])
-    return "triton", plan.reason + _together(how)
+    return ("native", native.because(faster)) if faster else ("triton", plan.reason)
 
 
 def _instead(torchs: str | None, refusal: str) -> tuple[str, str]:

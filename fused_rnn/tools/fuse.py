@@ -174,6 +174,8 @@ def _twin(layer: nn.Module, cls: type[nn.Module], extra: dict[str, Any]) -> nn.M
     twin._modules = {name: twin._modules[name] for name in layer._modules}
     if isinstance(twin, nn.RNNBase):
         _list_weights(twin)
+    else:
+        twin.flatten_parameters()  # type: ignore[operator]
     return twin
 
 

@@ -27,14 +27,17 @@ from fused_rnn.engines.wavefront.stack import (
     SavedLayer,
     StackLayer,
     Wavefront,
+    carried,
     cut_into_pieces,
     part,
 )
 from fused_rnn.engines.wavefront.streams import Event, Streams
-from fused_rnn.kernels.launch import Launch, launch, zero_counters
+from fused_rnn.kernels.launch import Launch, LaunchRefused, launch, zero_counters
 from fused_rnn.kernels.sweep import Gradients
 from fused_rnn.kernels.sweeps import partials_memory, prepare_reverse
-from fused_rnn.spec.layer import InputGrads, Needs, OutputGrads, WeightGrads
+from fused_rnn.spec.layer import Engine, InputGrads, Needs, OutputGrads, WeightGrads
+
+NO_GRADIENTS = InputGrads(None, None, None, (WeightGrads(),))
 
 
 def backward(
@@ -53,44 +56,98 @@ def backward(
         grads: of out [N, H], h_n [L, B, H] and c_n [L, B, K * H].
         needs: of each layer.
     """
+    try:
+        return _overlapping(wave, layers, saved, grads, needs)
+    except LaunchRefused:  # the driver takes fewer programs now: the engine looks for such a plan
+        return one_by_one(wave, wave.engine, layers, saved, grads, needs)
+
+
+def one_by_one(
+    wave: Wavefront,
+    engine: Engine,
+    layers: Sequence[StackLayer],
+    saved: Sequence[SavedLayer],
+    grads: OutputGrads,
+    needs: Sequence[Needs],
+) -> list[InputGrads]:
+    """The same by an engine's backward of each layer, from the top down."""
+    lowest = first_needed(needs) or 0
+    found = [NO_GRADIENTS] * len(layers)
+    dout = grads.out
+    for n in range(len(layers) - 1, lowest - 1, -1):
+        (spec, inputs), (x, out, gates, c_seq, _) = layers[n], saved[n]
+        assert x is not None
+        assert out is not None
+        if gates is not None:
+            gates = gates.view(1, spec.layout.N, spec.hidden_size, -1)
+        states = [None if g is None else g[n : n + 1] for g in (grads.h_n, grads.c_n)]
+        need = needs[n]._replace(x=n > lowest or needs[n].x)
+        of_layer = inputs._replace(x=x), out, (gates, c_seq, None), OutputGrads(dout, *states), need
+        computed = engine.backward(spec, *of_layer)
+        dout = computed.x
+        if n > lowest and dout is not None and (mask := saved[n - 1].mask) is not None:
+            dout = dout * mask * wave.scale
+        found[n] = computed._replace(x=dout if n == 0 else None)
+    return found
+
+
+def _overlapping(
+    wave: Wavefront,
+    layers: Sequence[StackLayer],
+    saved: Sequence[SavedLayer],
+    grads: OutputGrads,
+    needs: Sequence[Needs],
+) -> list[InputGrads]:
+    """Those of :func:`backward`, if no launch is refused."""
     layers = [StackLayer(spec, contiguous(inputs)) for spec, inputs in layers]
-    x, H, last = saved[0].x, layers[0].spec.hidden_size, len(layers) - 1
-    lowest = next(n for n, need in enumerate(needs) if any(need.flatten()))
+    x, H, last = layers[0].inputs.x, layers[0].spec.hidden_size, len(layers) - 1
+    lowest, cut = first_needed(needs), wave.cuts.reverse
+    assert lowest is not None
+    assert cut is not None
     with device_and_precision(x, wave.engine.precision):
-        pieces = cut_into_pieces(layers[0].spec.layout, wave.cuts.reverse, x.device)
-        dh, dc = _last_states(layers, grads)
+        pieces = cut_into_pieces(layers[0].spec.layout, cut, x.device)
+        dh = _last_states(layers[0].inputs.h0, grads.h_n, len(layers))
+        dc = _last_states(layers[0].inputs.c0, grads.c_n, len(layers))
         dout = None if grads.out is None else Rows(pieces, grads.out.contiguous(), H, x)
         stack: dict[int, _Layer] = {}
         for n in range(last, lowest - 1, -1):
-            states = dh[n : n + 1], None if dc is None else dc[n : n + 1]
-            stack[n] = _Layer(wave, layers[n], saved[n], pieces, states, dout, needs[n])
+            stack[n] = _Layer(wave, layers[n], saved[n], pieces, (dh[n], dc[n]), dout, needs[n])
             dout = Rows(pieces, None, H, x) if n > lowest else None
         dx = torch.empty_like(x) if needs[0].x else None
         bottom = None if dx is None else Rows(pieces, dx, x.shape[1], x)
-        with Streams(x.device, wave.cuts.reverse.streams) as streams:
-            _run(stack, pieces[::-1], bottom, streams)
-        found = [InputGrads(None, None, None, (WeightGrads(),))] * lowest
-        return found + [stack[n].gradients(dx if n == 0 else None) for n in sorted(stack)]
+        with Streams(x.device, cut.streams) as streams:
+            _run(stack, pieces[::-1], bottom, streams, cut.streams)
+        return [NO_GRADIENTS] * lowest + [
+            stack[n].gradients(dx if n == 0 else None) for n in sorted(stack)
+        ]
 
 
-def _last_states(layers: Sequence[StackLayer], grads: OutputGrads) -> tuple[Tensor, Tensor | None]:
-    """The gradients of the final states of all layers, h and c, as a copy in fp32."""
+def first_needed(needs: Sequence[Needs]) -> int | None:
+    """The lowest layer of which a gradient is needed."""
+    return next((n for n, need in enumerate(needs) if any(need.flatten())), None)
 
-    def carried(grad: Tensor | None, like: Tensor) -> Tensor:
-        if grad is None:
-            return like.new_zeros(len(layers), *like.shape[1:], dtype=torch.float32)
-        return grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
-    h0, c0 = layers[0].inputs.h0, layers[0].inputs.c0
-    return carried(grads.h_n, h0), None if c0 is None else carried(grads.c_n, c0)
+def _last_states(like: Tensor | None, grad: Tensor | None, layers: int) -> list[Any]:
+    """The gradients of the final states of each layer in fp32, to be overwritten."""
+    if like is None:
+        return [None] * layers
+    states, each = carried(layers, like)
+    if grad is None:
+        states.zero_()
+    else:
+        states.copy_(grad)
+    return each
 
 
 def _run(
-    stack: "dict[int, _Layer]", pieces: Sequence[Piece], bottom: Rows | None, streams: Streams
+    stack: "dict[int, _Layer]",
+    pieces: Sequence[Piece],
+    bottom: Rows | None,
+    streams: Streams,
+    count: int,
 ) -> None:
     """All launches and products: in each front the sweeps, what others wait for, and the rest."""
     top, lowest = max(stack), min(stack)
-    count = stack[top].wave.cuts.reverse.streams
     start = streams.run(None, None)
     ready = {(top, piece.number): start for piece in pieces}
     done: dict[tuple[int, int], Event] = {}
@@ -143,17 +200,15 @@ class _Layer:
         self.wave, (self.spec, self.inputs), self.needs = wave, layer, needs
         self.dh, self.dc = states  # from piece to piece, each of which overwrites them
         self.dout, self.pieces = dout, pieces
-        plan, cell, H, like = (
-            wave.engine.plan,
-            kernel_cell(self.spec),
-            self.spec.hidden_size,
-            saved.out,
-        )
+        plan, cell, H = wave.engine.plan, kernel_cell(self.spec), self.spec.hidden_size
+        x, like = saved.x, saved.out
+        assert x is not None
+        assert like is not None
 
         def rows(whole: Tensor | None) -> Rows | None:
             return None if whole is None else Rows(pieces, whole, whole.shape[1], like)
 
-        self.x, self.out = Rows(pieces, saved.x, 0, like), Rows(pieces, saved.out, H, like)
+        self.x, self.out = Rows(pieces, x, 0, like), Rows(pieces, like, H, like)
         self.gates, self.c_seq, self.mask = rows(saved.gates), rows(saved.c_seq), rows(saved.mask)
         self.dgates = Rows(pieces, None, H * cell.slots, like)
         weights = self.inputs.weights
@@ -173,7 +228,7 @@ class _Layer:
             return like.new_zeros(shape, dtype=torch.float32) if wanted else None
 
         need, slots, P = needs.weights[0], H * cell.slots, cell.parameters
-        self.dw_ih = zeros(need.w_ih, slots, saved.x.shape[1])
+        self.dw_ih = zeros(need.w_ih, slots, x.shape[1])
         self.dw_hh = zeros(need.w_hh, slots, H)
         self.db = zeros(need.b_ih or need.b_hh, len(pieces), slots)
         tiles = -(-self.spec.layout.B // plan.block_b)

@@ -22,11 +22,13 @@ from fused_rnn.engines.triton.products import (
     recurrent_weights,
 )
 from fused_rnn.engines.wavefront.stack import (
+    NOT_SAVED,
     Piece,
     Rows,
     SavedLayer,
     StackLayer,
     Wavefront,
+    carried,
     cut_into_pieces,
     part,
 )
@@ -51,36 +53,43 @@ class StackOutputs(NamedTuple):
     saved: tuple[SavedLayer, ...]
 
 
-def forward(wave: Wavefront, layers: Sequence[StackLayer], save: bool) -> StackOutputs:
-    """Run a stack; with ``save`` also return what backward needs."""
+def forward(wave: Wavefront, layers: Sequence[StackLayer], first_saved: int | None) -> StackOutputs:
+    """Run a stack, and return what backward needs of ``first_saved`` and the layers above it."""
     layers = [StackLayer(spec, contiguous(inputs)) for spec, inputs in layers]
     x, last = layers[0].inputs.x, len(layers) - 1
     with device_and_precision(x, wave.engine.precision):
         pieces = cut_into_pieces(layers[0].spec.layout, wave.cuts.forward, x.device)
         masks = _masks(wave, layers, x)
-        h, c = _initial(layers)
+        h, hs = _initial([inputs.h0 for _, inputs in layers])
+        c, cs = _initial([inputs.c0 for _, inputs in layers])
+        lowest = len(layers) if first_saved is None else first_saved
         stack = []
         for n, (layer, mask) in enumerate(zip(layers, masks, strict=True)):
-            states = h[n : n + 1], None if c is None else c[n : n + 1]
-            stack.append(_Layer(wave, layer, pieces, states, mask, save, save or n == last))
+            keep = n >= lowest, n >= min(last, lowest - 1)
+            stack.append(_Layer(wave, layer, pieces, (hs[n], cs[n]), mask, *keep))
         with Streams(x.device, wave.cuts.forward.streams) as streams:
             _run(stack, pieces, Rows(pieces, x, x.shape[1], x), streams)
         out = stack[last].out.whole
         assert out is not None
-        saved: list[SavedLayer] = []
-        below: Tensor | None = x
-        for way in stack if save else ():
-            assert below is not None
-            saved.append(way.saved(below))
-            below = (way.dropped or way.out).whole
-        return StackOutputs(out, h.to(x.dtype), None if c is None else c.to(x.dtype), tuple(saved))
+        inputs = [x, *[(way.dropped or way.out).whole for way in stack[:-1]]]
+        saved = [
+            way.saved(below) if n >= lowest else NOT_SAVED
+            for n, (way, below) in enumerate(zip(stack, inputs, strict=True))
+        ]
+        assert h is not None
+        finals = [None if s is None else s.to(x.dtype).contiguous() for s in (h, c)]
+        return StackOutputs(out, finals[0], finals[1], tuple(saved))  # type: ignore[arg-type]
 
 
-def _initial(layers: Sequence[StackLayer]) -> tuple[Tensor, Tensor | None]:
-    """The initial states of all layers, h and c, as a copy in fp32."""
-    h = torch.cat([inputs.h0 for _, inputs in layers]).to(torch.float32)
-    c = [inputs.c0 for _, inputs in layers if inputs.c0 is not None]
-    return h, torch.cat(c).to(torch.float32) if c else None
+def _initial(initial: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Any]]:
+    """The initial states of all layers in fp32, to be overwritten; and those of each."""
+    if initial[0] is None:
+        return None, [None] * len(initial)
+    states, each = carried(len(initial), initial[0])
+    for state, value in zip(each, initial, strict=True):
+        assert value is not None
+        state.copy_(value)
+    return states, each
 
 
 def _masks(wave: Wavefront, layers: Sequence[StackLayer], x: Tensor) -> list[Tensor | None]:
@@ -143,7 +152,7 @@ class _Layer:
         self.mask = None if mask is None else Rows(pieces, mask, H, x)
         self.gates = rows(H * cell.slots, save)
         self.out = rows(H, keep_out)
-        self.dropped = None if mask is None else rows(H, save)
+        self.dropped = None if mask is None else rows(H, keep_out)
         beside = (cell.states - 1) * H
         self.c_seq = rows(beside, True, torch.float32) if beside and save else None
         ragged = self.spec.layout.batch_sizes is not None
@@ -197,9 +206,8 @@ class _Layer:
         dropped = self.dropped[piece]
         return torch.mul(self.out[piece], self.mask[piece], out=dropped).mul_(self.wave.scale)
 
-    def saved(self, x: Tensor) -> SavedLayer:
+    def saved(self, x: Tensor | None) -> SavedLayer:
         """What backward needs; x is the input."""
-        assert self.out.whole is not None
         gates = self.gates.whole if needs_gates(self.spec) else None
         c_seq = None if self.c_seq is None else self.c_seq.whole
         mask = None if self.mask is None else self.mask.whole

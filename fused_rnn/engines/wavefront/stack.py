@@ -24,7 +24,7 @@ class StackLayer(NamedTuple):
 
 
 class SavedLayer(NamedTuple):
-    """What backward needs of a layer beside its inputs.
+    """What backward needs of a layer beside its inputs; nothing of one that it does not reach.
 
     Attributes:
         x: the input rows [N, I].
@@ -34,11 +34,14 @@ class SavedLayer(NamedTuple):
         mask: bool [N, H], what dropout behind the layer let pass, or None.
     """
 
-    x: Tensor
-    out: Tensor
+    x: Tensor | None
+    out: Tensor | None
     gates: Tensor | None
     c_seq: Tensor | None
     mask: Tensor | None
+
+
+NOT_SAVED = SavedLayer(None, None, None, None, None)
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,22 @@ class Wavefront:
 
 
 def wavefront(
-    engine: TritonEngine, spec: LayerSpec, x: Tensor, layers: int, dropout: float
+    engine: TritonEngine, spec: LayerSpec, x: Tensor, layers: int, dropout: float, train: bool
 ) -> Wavefront | str:
     """How a stack of layers like ``spec`` overlaps; or why they run one after the other."""
+    cell = kernel_cell(spec)
+    bytes_of_row = spec.hidden_size * x.element_size()
+    if (spec.layout.batch_sizes is not None and bytes_of_row % 16) or (
+        cell.parameters and spec.hidden_size % 4
+    ):
+        return "its pieces would not begin at 16 bytes"
     chip = devices.kernel_device(x.device)
     assert chip is not None
     request = plan_request(spec, x.dtype, engine.precision)
     captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
     limits = devices.device_limits(chip)
-    cuts = cut_stack(request, engine.plan, layers, spec.layout.T, limits, captured=captured)
+    how = {"train": train, "captured": captured}
+    cuts = cut_stack(request, engine.plan, layers, spec.layout.T, limits, **how)
     return Wavefront(engine, cuts, dropout) if cuts.overlap else str(cuts)
 
 
@@ -101,6 +111,17 @@ def cut_into_pieces(layout: BatchLayout, cut: Cut, device: torch.device) -> list
     return [Piece(number, *part) for number, part in enumerate(parts)]
 
 
+def carried(layers: int, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Memory for the states [1, B, W] of all layers in fp32, as ``like``; and those of each.
+
+    Each begins at 16 bytes, as the kernels' other memory does.
+    """
+    size = like[0].numel()
+    memory = like.new_empty(layers, -(-size // 4) * 4, dtype=torch.float32)[:, :size]
+    states = memory.unflatten(1, like.shape[1:])
+    return states, list(states.split(1))
+
+
 class Rows:
     """Rows [N, width] piece by piece; or memory for those of two pieces, which take turns.
 
@@ -116,8 +137,9 @@ class Rows:
         if whole is not None:
             self._parts: Sequence[Tensor] = whole.split(sizes)
         else:
-            slots = like.new_empty(2, max(sizes), width).unbind()
-            self._parts = tuple([slots[n % 2][:size] for n, size in enumerate(sizes)])
+            count = min(2, len(sizes))
+            slots = like.new_empty(count, max(sizes), width).unbind()
+            self._parts = tuple([slots[n % count][:size] for n, size in enumerate(sizes)])
 
     def __getitem__(self, piece: Piece) -> Tensor:
         return self._parts[piece.number]

@@ -23,6 +23,7 @@ class Streams:
     def __init__(self, device: torch.device, count: int) -> None:
         self.main = torch.cuda.current_stream(device)
         self.others = _own_streams(device, count)
+        self.used: set[int] = set()
 
     def run(self, work: Work | None, stream: int | None, *after: Event) -> Event:
         """Put what ``work`` launches on a stream, None for the current one, behind events."""
@@ -33,6 +34,7 @@ class Streams:
             if work is not None:
                 work()
         elif work is not None:
+            self.used.add(stream)
             torch.cuda.set_stream(place)  # a context manager would take longer
             try:
                 work()
@@ -44,8 +46,10 @@ class Streams:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for stream in self.others:  # after an error, too: memory in use must not be freed
-            self.main.wait_stream(stream)
+        # After an error, too: memory in use must not be freed. A stream that had no work is no part
+        # of a CUDA graph that records this one.
+        for stream in self.used:
+            self.main.wait_stream(self.others[stream])
 
 
 def overlaps(device: torch.device) -> bool:
@@ -62,7 +66,7 @@ _local = _Local()
 
 
 def _own_streams(device: torch.device, count: int) -> Sequence[torch.cuda.Stream]:
-    """Those of this thread, so that a CUDA graph that it records takes none of another one's."""
+    """Those of this thread: of PyTorch's 32, so that graphs and threads seldom share one."""
     known = _local.streams.setdefault(device, [])
     while len(known) < count:
         known.append(torch.cuda.Stream(device))

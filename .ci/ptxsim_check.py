@@ -155,6 +155,7 @@ GROUPS = [
     Group("gru", BF16, 40, {"block_h": 32, "chunks": 1}),  # of two; the other in shared memory
     Group("gru", F32, 40, {"block_h": 8, "block_k": 64, "k_split": 4}),  # in parts
     Group("lstm", F32, 40, {"block_k": 64, "k_split": 2, "m_split": 2}, (False, True)),
+    Group("lstm", BF16, 40, {"joined": True, "block_k": 16, "block_h": 32, "chunks": 1}),
     Group("lstm", BF16, 40, STREAMED),
     Group("gru", F32, 24, STREAMED),
     Group("rnn_tanh", F16, 72, STREAMED | {"block_h": 32}, (True,)),

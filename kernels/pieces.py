@@ -11,9 +11,8 @@ from typing import NamedTuple
 from fused_rnn.kernels.chips import Limits
 from fused_rnn.kernels.plan import Plan, PlanRequest
 
-GRAIN = (
-    16  # steps; memory of a piece then begins at a multiple of 16 bytes, be B and H what they be
-)
+# Steps: a piece of a uniform batch then begins at 16 bytes in memory, whatever B and H are.
+GRAIN = 16
 MOST_PIECES = 64
 # Measured on an H200 with CUDA graphs, an LSTM of four layers: what a piece costs beside its steps,
 # which is a hop between streams, and the weights' way into registers.

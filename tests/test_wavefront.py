@@ -84,11 +84,12 @@ def test_dropout_draws_what_it_draws_layer_by_layer(p: float) -> None:
     x = torch.randn(3, 2, 3)
     torch.manual_seed(3)
     expected = run(fused, [x], None)
+    evaluated = run(fused.eval(), [x], None)
     torch.manual_seed(3)
-    with overlapping(steps=2):
-        assert_same(run(fused, [x], None), expected, torch.float32)
-        fused.eval()
-        assert_same(run(fused, [x], None), run(fused, [x], None), torch.float32)
+    with overlapping(steps=2) as cut:
+        assert_same(run(fused.train(), [x], None), expected, torch.float32)
+        assert_same(run(fused.eval(), [x], None), evaluated, torch.float32)
+    assert cut == [3, 3]
 
 
 @interpreted
@@ -263,6 +264,13 @@ def test_explain_speaks_of_the_sweeps_that_there_are() -> None:
         (reason,) = {one.reason for one in explain(layer, x, gpu=90)}
     assert "layers at a time: in " in reason
     assert "reverse" not in reason
+    # Layers that cuDNN runs do not overlap, nor packed ones whose rows begin anywhere.
+    small = explain(FusedLSTM(64, 64, num_layers=4), torch.randn(128, 8, 64), gpu=90)
+    assert {one.backend for one in small} == {"native"}
+    assert "layer" not in small[1].reason
+    odd = FusedLSTM(3, 50, num_layers=4, dtype=torch.bfloat16, backend="triton")
+    rows = nn.utils.rnn.pack_sequence([torch.randn(n, 3, dtype=torch.bfloat16) for n in (2000, 9)])
+    assert explain(odd, rows, gpu=90)[3].reason.endswith("its pieces would not begin at 16 bytes")
     way = pieces.Cut(1, 9, 2, "few"), pieces.Cut(3, 3, 2, "in 3 pieces of 3 steps")
     text = "up to 2 layers at a time: forward one by one, reverse in 3 pieces of 3 steps"
     assert str(pieces.Cuts(*way)) == text

@@ -230,7 +230,7 @@ def wavefront_of(
         choice = choose(spec, x.device, x.dtype, backend, True, autograd_records=True)
     if not isinstance(choice.engine, TritonEngine) or route.way == "transformed":
         return f"{choice.backend} runs them"
-    if refusal := apart(spec):
+    if refusal := apart(spec, x.dtype):
         return refusal
     if route.segments is not None:
         return "segments are packed layer by layer"
@@ -241,8 +241,8 @@ def wavefront_of(
     return wavefront(choice.engine, spec, x, layers, dropout, record)
 
 
-def apart(spec: LayerSpec) -> str | None:
-    """Why the layers of a stack cannot overlap, each like ``spec``, wherever they run."""
+def apart(spec: LayerSpec, dtype: torch.dtype) -> str | None:
+    """Why the layers of a stack cannot overlap, each like ``spec``, on whatever GPU they run."""
     if spec.directions > 1:
         return "a layer of two directions ends at both ends of time"
     if spec.recompute:
@@ -251,6 +251,9 @@ def apart(spec: LayerSpec) -> str | None:
         return "it has heads"
     if spec.options is not None:
         return "it does what torch.nn's layers cannot"
+    H, ragged = spec.hidden_size, spec.layout.batch_sizes is not None
+    if (ragged and H * dtype.itemsize % 16) or (spec.cell.parameters and H % 4):
+        return "its pieces would not begin at 16 bytes"
     return None
 
 

@@ -14,7 +14,7 @@ from fused_rnn.engines.triton import support
 from fused_rnn.engines.triton.plans import planned
 from fused_rnn.engines.triton.products import plan_request
 from fused_rnn.kernels.chips import LIMITS
-from fused_rnn.kernels.pieces import Cuts, cut_stack
+from fused_rnn.kernels.pieces import cut_stack
 from fused_rnn.kernels.plan import DoesNotFit
 from fused_rnn.layers import whole_stack
 from fused_rnn.layers.base import FusedRecurrent, FusedRNNBase, wavefront_of
@@ -123,24 +123,24 @@ def explain(
             return Explanations(Explanation(n, *one) for n in range(layer.num_layers))
     described = describe(layer, x, hx, lengths, reset, mask, cells)
     explanations: list[Explanation] = []
-    how, x_n = "", described.x
+    how, x_n = "", described.x  # how the layers of a stack share the time
     for number in range(layer.num_layers):
         spec, inputs = describe_layer(layer, described, number, x_n, undrawn)
         record = torch.is_grad_enabled() and any(
             [t is not None and t.requires_grad for t in inputs.flatten()]
         )
-        if number == 0 and layer.num_layers > 1:
-            wave = _together(layer, described, spec, inputs, gpu)
-            how = f"; one layer after the other: {wave}" if isinstance(wave, str) else f"; {wave}"
-        if number > 0 and "at a time" in how:  # as the first one, all at once
-            choice: tuple[str, str] = "triton", explanations[0].reason
-        elif gpu is None:
+        if gpu is None:
             choice = _here(spec, inputs, layer.backend)
         else:
             choice = _on_gpu(spec, inputs.x.dtype, record, layer.backend, gpu)
-        if choice[0] == "triton" and how not in choice[1]:
-            choice = "triton", choice[1] + how
-        explanations.append(Explanation(number, *choice))
+        if number == 0 and layer.num_layers > 1:
+            together = _together(layer, described, spec, inputs, gpu, choice)
+            if isinstance(together, tuple):  # all at once, as the first one
+                layers = range(layer.num_layers)
+                return Explanations(Explanation(n, "triton", "; ".join(together)) for n in layers)
+            how = f"; one layer after the other: {together}"
+        backend, reason = choice
+        explanations.append(Explanation(number, backend, reason + how * (backend == "triton")))
         # In the place of the layer's output, of which only this much counts.
         like = inputs.x.new_empty((), requires_grad=record)
         x_n = like.expand(*x_n.shape[:-1], spec.directions * inputs.h0.shape[-1])
@@ -160,23 +160,26 @@ def _together(
     spec: LayerSpec,
     inputs: LayerInputs,
     gpu: int | str | None,
-) -> Cuts | str:
-    """How the layers of a stack share the time, or why they do not."""
+    first: tuple[str, str],
+) -> tuple[str, str] | str:
+    """By what plan the layers of a stack overlap, and how; or why they do not.
+
+    ``first`` is what runs the first layer by itself, and why.
+    """
     if gpu is None:
         wave = wavefront_of(layer, call, functional.route_of(spec, inputs, layer.backend))
-        return wave if isinstance(wave, str) else wave.cuts
-    if refusal := functional.apart(spec):
+        return wave if isinstance(wave, str) else (wave.engine.plan.reason, str(wave.cuts))
+    if first[0] != "triton":
+        return f"{first[0]} runs them"
+    if refusal := functional.apart(spec, inputs.x.dtype):
         return refusal
-    if not isinstance(gpu, int) or gpu not in LIMITS:
+    if not isinstance(gpu, int):
         return "not on AMD GPUs"
     request = plan_request(spec, inputs.x.dtype, rnn_precision())
-    try:
-        plan = planned(request, LIMITS[gpu])[0]
-    except DoesNotFit:
-        return "no kernels run them"
+    plan = planned(request, LIMITS[gpu])[0]
     train = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
     cuts = cut_stack(request, plan, layer.num_layers, spec.layout.T, LIMITS[gpu], train=train)
-    return cuts if cuts.overlap else str(cuts)
+    return (plan.reason, str(cuts)) if cuts.overlap else str(cuts)
 
 
 def _on_gpu(

@@ -74,12 +74,6 @@ def wavefront(
     engine: TritonEngine, spec: LayerSpec, x: Tensor, layers: int, dropout: float, train: bool
 ) -> Wavefront | str:
     """How a stack of layers like ``spec`` overlaps; or why they run one after the other."""
-    cell = kernel_cell(spec)
-    bytes_of_row = spec.hidden_size * x.element_size()
-    if (spec.layout.batch_sizes is not None and bytes_of_row % 16) or (
-        cell.parameters and spec.hidden_size % 4
-    ):
-        return "its pieces would not begin at 16 bytes"
     chip = devices.kernel_device(x.device)
     assert chip is not None
     request = plan_request(spec, x.dtype, engine.precision)

@@ -127,12 +127,13 @@ def run(
     hx: Sequence[Tensor] | None,
     make: Callable[[list[Tensor]], Any] = lambda xs: xs[0],
     gradients: bool = True,
+    **call: Any,
 ) -> dict[str, Tensor]:
     """Outputs and, of a fixed random linear loss, the gradients of all inputs and parameters."""
     xs = [x.detach().clone().requires_grad_(gradients) for x in xs]
     hs = [h.detach().clone().requires_grad_(gradients) for h in hx or ()]
     argument = None if hx is None else tuple(hs) if len(hs) == 2 else hs[0]
-    found = tensors(layer(make(list(xs)), argument))
+    found = tensors(layer(make(list(xs)), argument, **call))
     results = dict(zip(("output", "h_n", "c_n"), found, strict=False))
     if gradients:
         generator = torch.Generator().manual_seed(7)

@@ -5,21 +5,14 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import assert_close, assert_same, packer, run, sequences, states, twins
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_plan import all_plans, dtypes
+from helpers import LAYERS, assert_close, assert_same, packer, run, sequences, states, twins
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from wavefront_helpers import overlapping
 
-import fused_rnn
 from fused_rnn import FusedGRU, FusedLSTM, FusedRecurrent, explain
 from fused_rnn.cells import peephole_lstm
-from fused_rnn.cells.builtin import CELLS
 from fused_rnn.kernels import launch, pieces
-from fused_rnn.kernels.chips import LIMITS
-from fused_rnn.spec.batch import BatchLayout
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU, Triton's interpreter is not switched on"
@@ -100,6 +93,56 @@ def test_a_cell_with_parameters_of_its_own() -> None:
     with overlapping(steps=2) as cut:
         assert_same(run(layer, [x], None), expected, torch.float32)
     assert cut
+
+
+OPTIONS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("tanh", {"zoneout": 0.3}, ("lengths", "reset")),
+    ("relu", {}, ("lengths",)),
+    ("gru", {"learn_h0": True, "dropout": 1.0}, ("reset",)),
+    ("gru", {"zoneout": 0.3}, ()),
+    ("lstm", {"learn_h0": True}, ("lengths", "reset")),
+    ("lstm", {"clip_recurrent_grad": 0.05}, ("reset",)),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "how", "names"), OPTIONS)
+def test_options(kind: str, how: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Memory that nothing has written yet is NaN: so no sweep or product may read it."""
+    _, ours, extra = LAYERS[kind]
+    fused, exact = [
+        ours(3, 8, num_layers=3, **extra, **how, backend=b) for b in ("triton", "eager")
+    ]
+    exact.load_state_dict(fused.state_dict())
+    fused, exact = fused.eval(), exact.double().eval()
+    x = torch.randn(7, 4, 3)
+    given = {"lengths": torch.tensor([7, 2, 0, 5]), "reset": torch.rand(7, 4) < 0.4}
+    call = {name: given[name] for name in names}
+    expected = run(exact, [x.double()], None, **call)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with overlapping(steps=2) as cut:
+            found = run(fused, [x], None, **call)
+            with torch.no_grad():
+                again = run(fused, [x], None, gradients=False, **call)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert cut == [3, 3]
+    assert_same(found, expected, torch.float32)
+    assert all(torch.equal(found[name], value) for name, value in again.items())
+
+
+@interpreted
+def test_nothing_but_the_restart_state_is_trained() -> None:
+    layer = FusedGRU(3, 8, num_layers=2, backend="triton", learn_h0=True)
+    for name, p in layer.named_parameters():
+        p.requires_grad_(name == "h_0")
+    x, h, reset = torch.randn(5, 4, 3), torch.randn(2, 4, 8), torch.rand(5, 4) < 0.4
+    with overlapping(steps=2) as cut:
+        (found,) = torch.autograd.grad(layer(x, h, reset=reset)[0].sum(), layer.h_0)
+    assert cut == [2]
+    (expected,) = torch.autograd.grad(layer(x, h, reset=reset)[0].sum(), layer.h_0)
+    assert_close(found, expected.double(), "h_0", torch.float32)
 
 
 @interpreted
@@ -231,7 +274,8 @@ def _at_once(self: Any, work: Any, stream: int | None, *after: int) -> int:
     [
         ({"bidirectional": True}, "a layer of two directions ends at both ends of time"),
         ({"recompute": True}, "recompute=True keeps the gates of one layer at a time"),
-        ({"zoneout": 0.1}, "it does what torch.nn's layers cannot"),
+        ({"zoneout": 0.1}, "each layer draws its masks in turn"),
+        ({"recurrent_dropout": 0.1}, "each layer draws its masks in turn"),
     ],
 )
 def test_stacks_that_go_layer_by_layer(how: dict[str, Any], why: str) -> None:
@@ -240,6 +284,22 @@ def test_stacks_that_go_layer_by_layer(how: dict[str, Any], why: str) -> None:
     with overlapping(steps=2) as cut:
         layer(x)
         assert f"; one layer after the other: {why}" in explain(layer, x)[0].reason
+    assert not cut
+
+
+@interpreted
+def test_calls_that_go_layer_by_layer() -> None:
+    layer = FusedLSTM(3, 8, num_layers=2, backend="triton")
+    x = torch.randn(5, 4, 3)
+    rows, reset = [nn.utils.rnn.pack_sequence([t[:5], t[:2]]) for t in (x[:, 0], x[:, 0, :1] > 0)]
+    reset = rows._replace(data=reset.data.flatten())
+    with overlapping(steps=2) as cut:
+        layer(x, return_cell_sequence=True)
+        layer(rows, reset=reset)
+        reason = explain(layer, x, return_cell_sequence=True)[0].reason
+        assert reason.endswith("one layer after the other: c of all steps is asked for")
+        reason = explain(layer, rows, reset=reset)[0].reason
+        assert reason.endswith("its pieces would not begin at 16 bytes")
     assert not cut
 
 
@@ -285,72 +345,3 @@ def test_explain_for_a_gpu_that_is_not_here() -> None:
         "not on AMD GPUs"
         in explain(FusedLSTM(8, 8, 2), short[..., :8].float(), gpu="gfx942")[0].reason
     )
-
-
-# ---- the cut ----------------------------------------------------------------------------------
-
-
-@settings(max_examples=200)
-@given(
-    cell=st.sampled_from(list(CELLS)),
-    dtype=dtypes,
-    H=st.integers(1, 2048),
-    B=st.integers(1, 300),
-    layers=st.integers(2, 12),
-    T=st.integers(1, 3000),
-    target=st.sampled_from([t for t in LIMITS if isinstance(t, int)]),
-    captured=st.booleans(),
-)
-def test_all_programs_under_way_are_resident(
-    cell: str, dtype: str, H: int, B: int, layers: int, T: int, target: int, captured: bool
-) -> None:
-    """So no group holds places that another one waits for, however the driver hands them out."""
-    limits = LIMITS[target]
-    plan = all_plans(cell, dtype, H, B, 1, limits)[0]
-    request = fused_rnn.kernels.plan.PlanRequest(CELLS[cell].kernels, H, torch.bfloat16, B, 1)
-    cuts = pieces.cut_stack(request, plan, layers, T, limits, captured=captured)
-    for cut in cuts:
-        assert cut is not None
-        assert (cut.pieces - 1) * cut.steps < T <= cut.pieces * cut.steps
-        assert cut.pieces == 1 or cut.steps % pieces.GRAIN == 0
-        if cut.pieces > 1:
-            launches = list(plan.launches(B, 1))
-            programs = [plan.programs * tiles * ds for _, tiles, _, ds in launches]
-            by_registers = 65536 // (plan.warps * 32 * 256)
-            by_shared = limits.sm_shared // (plan.shared + 1024)
-            places = limits.sms * min(by_registers, by_shared)
-            assert len(programs) == 1
-            assert 1 < cut.streams <= layers
-            assert cut.streams * programs[0] <= places
-
-
-def test_more_pieces_where_a_graph_spares_the_host() -> None:
-    (plan,) = all_plans("lstm", "bf16", 512, 8, 1, LIMITS[90])[:1]
-    request = fused_rnn.kernels.plan.PlanRequest(CELLS["lstm"].kernels, 512, torch.bfloat16, 8, 1)
-    called = pieces.cut_stack(request, plan, 4, 1024, LIMITS[90])
-    captured = pieces.cut_stack(request, plan, 4, 1024, LIMITS[90], captured=True)
-    assert captured.forward.pieces > called.forward.pieces > 1
-    assert pieces.stack_us(4, 256, 1, 4, 2.0) == 4 * 256 * 2
-    assert pieces.stack_us(4, 256, 4, 4, 2.0) == 7 * (64 * 2 + pieces.PIECE_US)
-    assert pieces.stack_us(4, 256, 4, 2, 2.0) == 9 * (64 * 2 + pieces.PIECE_US)
-
-
-def test_pieces_of_a_layout() -> None:
-    uniform = BatchLayout(5, 3).pieces(2)
-    assert [(row, p.T, p.B, p.N) for row, p in uniform] == [
-        (0, 2, 3, 6),
-        (6, 2, 3, 6),
-        (12, 1, 3, 3),
-    ]
-    packed = BatchLayout.packed(torch.tensor([4, 3, 3, 1, 1]))
-    parts = packed.pieces(2)
-    assert [(row, p.T, p.B, p.batch_sizes) for row, p in parts] == [
-        (0, 2, 4, (4, 3)),
-        (7, 2, 3, (3, 1)),
-        (11, 1, 1, (1,)),
-    ]
-    cpu = torch.device("cpu")
-    packed.offsets_at_once([p for _, p in parts], cpu)
-    offsets = [p.offsets(cpu) for _, p in parts]
-    assert [None if o is None else o.tolist() for o in offsets] == [[0, 4, 7], [0, 3, 4], [0, 1]]
-    assert all(o is not None and o.storage_offset() % 2 == 0 for o in offsets)

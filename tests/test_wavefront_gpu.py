@@ -21,7 +21,7 @@ def cut_on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     cut: list[int] = []
 
     def cut_stack(
-        request: Any, plan: Any, layers: int, T: int, limits: Any, *, captured: bool
+        request: Any, plan: Any, layers: int, T: int, limits: Any, *, train: bool, captured: bool
     ) -> pieces.Cuts:
         cut.append(layers)
         streams = min(layers, pieces.layers_at_a_time(request, plan, limits))
@@ -72,6 +72,24 @@ def test_as_layer_by_layer_on_gpu(
     for name, value in expected.items():
         assert torch.equal(found[name], again[name]), name
         assert_close(found[name], value, name, dtype, of_largest=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["relu", "gru", "lstm"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_lengths_and_resets_on_gpu(
+    kind: str, size: tuple[int, ...], cut_on_gpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    T, B, I, H = size
+    _, fused = twins(kind, I, H, backend="triton", num_layers=4, learn_h0=True)
+    fused, x = fused.cuda(), torch.randn(T, B, I, device="cuda")
+    lengths = torch.tensor([T - (7 * b) % T for b in range(B)], device="cuda")
+    call = {"lengths": lengths, "reset": torch.rand(T, B, device="cuda") < 0.1}
+    found = run(fused, [x], None, **call)
+    assert cut_on_gpu == [4]
+    monkeypatch.setattr(functional, "overlaps", lambda device: False)
+    for name, value in run(fused, [x], None, **call).items():
+        assert_close(found[name], value, name, torch.float32, of_largest=1e-4)
 
 
 @pytest.mark.gpu

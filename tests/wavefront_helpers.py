@@ -50,10 +50,12 @@ def overlapping(steps: int, streams: int = 3, seed: int = 0) -> Iterator[list[in
     """Cut all stacks into pieces of so many steps; yields the layers of those that were cut."""
     cut: list[int] = []
 
-    def cut_stack(request: Any, plan: Any, layers: int, T: int, *_: Any, **__: Any) -> Cuts:
+    def cut_stack(
+        request: Any, plan: Any, layers: int, T: int, limits: Any, *, train: bool, captured: bool
+    ) -> Cuts:
         cut.append(layers)
         one = Cut(-(-T // steps), steps, min(layers, streams), f"in pieces of {steps} steps")
-        return Cuts(one, one)
+        return Cuts(one, one if train else None)
 
     Shuffled.rng = random.Random(seed)
     with (

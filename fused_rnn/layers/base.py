@@ -98,11 +98,12 @@ def wavefront_of(
 ) -> Wavefront | str:
     """How the layers of a call overlap, the first going by ``route``; or why they do not."""
     record = torch.is_grad_enabled() and any(
-        [t is not None and t.requires_grad for t in (call.x, *call.states)]
+        [t is not None and t.requires_grad for t in (call.x, *call.states, *(call.learned or ()))]
         + [t is not None and t.requires_grad for layer in call.weights for d in layer for t in d]
     )
     dropout = module.dropout if module.training else 0.0
-    return functional.wavefront_of(route, module.backend, module.num_layers, dropout, record)
+    stack = module.num_layers, dropout, record, call.cells
+    return functional.wavefront_of(route, module.backend, *stack)
 
 
 class FusedRecurrent(FusedRNNBase):

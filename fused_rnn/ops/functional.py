@@ -214,7 +214,12 @@ def run(
 
 
 def wavefront_of(
-    route: Route, backend: Backend, layers: int, dropout: float, record: bool
+    route: Route,
+    backend: Backend,
+    layers: int,
+    dropout: float,
+    record: bool,
+    cells: bool,
 ) -> Wavefront | str:
     """How a stack of layers overlaps whose first one goes by ``route``; or why it does not.
 
@@ -224,13 +229,14 @@ def wavefront_of(
         layers: of the stack, each as the first.
         dropout: probability with which the output of each layer but the last is dropped.
         record: whether a gradient of any of them may be asked for.
+        cells: whether c of all steps of the last one is an output.
     """
     choice, spec, x = route.choice, route.spec, route.inputs.x
     if record and route.way == "plain" and choice.engine is not None:  # the first one is frozen
         choice = choose(spec, x.device, x.dtype, backend, True, autograd_records=True)
     if not isinstance(choice.engine, TritonEngine) or route.way == "transformed":
         return f"{choice.backend} runs them"
-    if refusal := apart(spec, x.dtype):
+    if refusal := apart(spec, route.inputs, cells):
         return refusal
     if route.segments is not None:
         return "segments are packed layer by layer"
@@ -241,18 +247,25 @@ def wavefront_of(
     return wavefront(choice.engine, spec, x, layers, dropout, record)
 
 
-def apart(spec: LayerSpec, dtype: torch.dtype) -> str | None:
-    """Why the layers of a stack cannot overlap, each like ``spec``, on whatever GPU they run."""
+def apart(spec: LayerSpec, inputs: LayerInputs, cells: bool) -> str | None:
+    """Why the layers of a stack cannot overlap, each like the first, on whatever GPU they run.
+
+    ``cells``: whether c of all steps of the last one is an output.
+    """
     if spec.directions > 1:
         return "a layer of two directions ends at both ends of time"
     if spec.recompute:
         return "recompute=True keeps the gates of one layer at a time"
     if spec.heads > 1:
         return "it has heads"
-    if spec.options is not None:
-        return "it does what torch.nn's layers cannot"
-    H, ragged = spec.hidden_size, spec.layout.batch_sizes is not None
-    if (ragged and H * dtype.itemsize % 16) or (spec.cell.parameters and H % 4):
+    options = inputs.options
+    if options.zone_h is not None or options.drop is not None:
+        return "each layer draws its masks in turn"
+    if cells:
+        return "c of all steps is asked for"
+    H, anywhere = spec.hidden_size, spec.layout.batch_sizes is not None
+    anywhere = anywhere and (H * inputs.x.itemsize % 16 > 0 or options.reset is not None)
+    if anywhere or (spec.cell.parameters and H % 4):
         return "its pieces would not begin at 16 bytes"
     return None
 

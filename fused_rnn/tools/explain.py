@@ -171,7 +171,7 @@ def _together(
         return wave if isinstance(wave, str) else (wave.engine.plan.reason, str(wave.cuts))
     if first[0] != "triton":
         return f"{first[0]} runs them"
-    if refusal := functional.apart(spec, inputs.x.dtype):
+    if refusal := functional.apart(spec, inputs, call.cells):
         return refusal
     if not isinstance(gpu, int):
         return "not on AMD GPUs"

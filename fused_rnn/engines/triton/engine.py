@@ -82,7 +82,7 @@ class TritonEngine:
         keep_gates = needs_gates(spec) and not spec.recompute
         # What only a group's own product needs is not saved: whether there is a group depends on B,
         # which a tracer that has to know what is saved does not.
-        operand = result.operand if _saves_operand(inputs.options) else None
+        operand = result.operand if saves_operand(inputs.options) else None
         return outputs, (gates if keep_gates else None, c_seq, operand)
 
     def saved_specs(self, spec: LayerSpec, inputs: LayerInputs) -> Specs:
@@ -92,7 +92,7 @@ class TritonEngine:
         return (
             ((D * k, x.shape[0], H // k, kernel_cell(spec).slots), x.dtype) if keep_gates else None,
             None if inputs.c0 is None else ((x.shape[0], D * K * H), torch.float32),
-            ((x.shape[0], D * H), x.dtype) if _saves_operand(inputs.options) else None,
+            ((x.shape[0], D * H), x.dtype) if saves_operand(inputs.options) else None,
         )
 
     def backward(
@@ -139,7 +139,7 @@ class TritonEngine:
             _REVERSE[: spec.directions],
             self.precision,
             self.plan,
-            NONE if spec.options is None else _sweep_options(spec, inputs.options),
+            NONE if spec.options is None else sweep_options(spec, inputs.options),
             spec.heads,
         )
 
@@ -185,12 +185,12 @@ def needs_gates(spec: LayerSpec) -> bool:
     return kernel_cell(spec).keeps_gates or zoned
 
 
-def _saves_operand(options: OptionTensors) -> bool:
+def saves_operand(options: OptionTensors) -> bool:
     """Whether backward needs what the recurrent product took: it is not h0 and the output."""
     return any(t is not None for t in (options.lengths, options.reset, options.drop))
 
 
-def _sweep_options(spec: LayerSpec, options: OptionTensors) -> SweepOptions:
+def sweep_options(spec: LayerSpec, options: OptionTensors) -> SweepOptions:
     """The options as the kernels take them."""
     assert spec.options is not None
     lengths, _, restart_h, restart_c, zone_h, zone_c, drop = options

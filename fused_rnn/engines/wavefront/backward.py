@@ -23,6 +23,7 @@ from fused_rnn.engines.triton.products import (
 )
 from fused_rnn.engines.wavefront.stack import (
     Piece,
+    PieceOptions,
     Rows,
     SavedLayer,
     StackLayer,
@@ -75,15 +76,15 @@ def one_by_one(
     found = [NO_GRADIENTS] * len(layers)
     dout = grads.out
     for n in range(len(layers) - 1, lowest - 1, -1):
-        (spec, inputs), (x, out, gates, c_seq, _) = layers[n], saved[n]
+        (spec, inputs), (x, out, gates, c_seq, _, operand) = layers[n], saved[n]
         assert x is not None
         assert out is not None
         if gates is not None:
             gates = gates.view(1, spec.layout.N, spec.hidden_size, -1)
         states = [None if g is None else g[n : n + 1] for g in (grads.h_n, grads.c_n)]
         need = needs[n]._replace(x=n > lowest or needs[n].x)
-        of_layer = inputs._replace(x=x), out, (gates, c_seq, None), OutputGrads(dout, *states), need
-        computed = engine.backward(spec, *of_layer)
+        kept, grad = (gates, c_seq, operand), OutputGrads(dout, *states)
+        computed = engine.backward(spec, inputs._replace(x=x), out, kept, grad, need)
         dout = computed.x
         if n > lowest and dout is not None and (mask := saved[n - 1].mask) is not None:
             dout = dout * mask * wave.scale
@@ -137,6 +138,11 @@ def _last_states(like: Tensor | None, grad: Tensor | None, layers: int) -> list[
     else:
         states.copy_(grad)
     return each
+
+
+def _each_piece(like: Tensor | None, pieces: Sequence[Piece]) -> list[Any]:
+    """Memory in fp32 for what each piece finds, as ``like``; if that is None, for nothing."""
+    return [None] * len(pieces) if like is None else carried(len(pieces), like)[1]
 
 
 def _run(
@@ -200,6 +206,7 @@ class _Layer:
         self.wave, (self.spec, self.inputs), self.needs = wave, layer, needs
         self.dh, self.dc = states  # from piece to piece, each of which overwrites them
         self.dout, self.pieces = dout, pieces
+        self.options = PieceOptions(layer, pieces)
         plan, cell, H = wave.engine.plan, kernel_cell(self.spec), self.spec.hidden_size
         x, like = saved.x, saved.out
         assert x is not None
@@ -210,6 +217,7 @@ class _Layer:
 
         self.x, self.out = Rows(pieces, x, 0, like), Rows(pieces, like, H, like)
         self.gates, self.c_seq, self.mask = rows(saved.gates), rows(saved.c_seq), rows(saved.mask)
+        self.operand = rows(saved.operand)
         self.dgates = Rows(pieces, None, H * cell.slots, like)
         weights = self.inputs.weights
         self.w_ih, _ = by_unit(self.spec, weights[0], biases=False)
@@ -233,6 +241,10 @@ class _Layer:
         self.db = zeros(need.b_ih or need.b_hh, len(pieces), slots)
         tiles = -(-self.spec.layout.B // plan.block_b)
         self.dvectors = zeros(P > 0, len(pieces), tiles, P, H)
+        # Of the states with which segments begin, one of each piece.
+        restarted = self.options.whole.reset is not None and (needs.restart_h or needs.restart_c)
+        self.drestart_h = _each_piece(self.inputs.h0 if restarted else None, pieces)
+        self.drestart_c = _each_piece(c0 if restarted else None, pieces)
 
     def run(self, piece: Piece) -> None:
         """The reverse sweep through a piece."""
@@ -241,21 +253,27 @@ class _Layer:
         dout, (h, c) = part(self.dout, piece), self.before(piece)
         counters = None if self.counters is None else self.counters[p]
         dvectors = None if self.dvectors is None else self.dvectors[p]
+        restarts = self.drestart_h[p], self.drestart_c[p]
+        options = self.options[piece]
+        if options.lengths is not None:  # a sweep leaves out steps beyond a sequence's end
+            dgates.zero_()
         if self.launched is not None and self.kernel is not None:
             other = {"gates": gates, "out": out, "c_seq": c_seq, "h0": h, "c0": c, "dout": dout}
             other |= {"dgates": dgates, "dvectors": dvectors, "counters": counters}
             other |= {"offsets": layout.offsets(out.device)}
+            other |= {"lengths": options.lengths, "reset": options.reset}
+            other |= {"drestart_h": restarts[0], "drestart_c": restarts[1]}
             known = self.launched.tensors
             other = {name: t for name, t in other.items() if known[name] is not None}
             self.launched.again(self.kernel, other, layout.T, layout.B)
             return
-        sweep = self.wave.sweep(self.spec, piece, out.device)
+        sweep = self.wave.sweep(self.spec, piece, options, out)
         shape = 1, layout.N, self.spec.hidden_size, sweep.cell.slots
         self.launched, _ = prepare_reverse(
             sweep,
             *(None if gates is None else gates.view(shape), c_seq, out, self.w_hh, h, c),
             *(dout, self.dh, self.dc, None, self.vectors),
-            result=Gradients(dgates.view(shape), self.dh, self.dc, None, None, dvectors),
+            result=Gradients(dgates.view(shape), self.dh, self.dc, *restarts, dvectors),
             partials=self.partials,
         )
         self.launched.tensors["counters"] = counters
@@ -293,6 +311,8 @@ class _Layer:
         """What the recurrent products of a piece took, by rows."""
         layout, out = piece.layout, self.out.whole
         assert out is not None
+        if self.operand is not None:
+            return [(slice(None), self.operand[piece])]
         (h0, _), B, stop = self.before(piece), layout.B, piece.row + layout.N
         if layout.batch_sizes is not None:
             return [(slice(None), layout.previous(self.out[piece], h0[0], False))]
@@ -315,4 +335,8 @@ class _Layer:
             grads = grads._replace(vectors=self.dvectors.sum((0, 1)).to(dtype))
         dh0 = self.dh.to(dtype) if self.needs.h0 else None
         dc0 = self.dc.to(dtype) if self.needs.c0 and self.dc is not None else None
-        return InputGrads(dx, dh0, dc0, (grads,))
+        restarts = [
+            None if parts[0] is None else torch.cat(parts, 1).sum(1).to(dtype)
+            for parts in (self.drestart_h, self.drestart_c)
+        ]
+        return InputGrads(dx, dh0, dc0, (grads,), *restarts)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_rnn.engines.triton.engine import device_and_precision, needs_gates
+from fused_rnn.engines.triton.engine import device_and_precision, needs_gates, saves_operand
 from fused_rnn.engines.triton.products import (
     by_unit,
     contiguous,
@@ -24,6 +24,7 @@ from fused_rnn.engines.triton.products import (
 from fused_rnn.engines.wavefront.stack import (
     NOT_SAVED,
     Piece,
+    PieceOptions,
     Rows,
     SavedLayer,
     StackLayer,
@@ -141,13 +142,17 @@ class _Layer:
         keep_out: bool,
     ) -> None:
         self.wave, (self.spec, inputs), self.save = wave, layer, save
+        self.options = PieceOptions(layer, pieces)
         self.h, self.c = states  # from piece to piece, each of which overwrites them
         plan, cell, H, x = wave.engine.plan, kernel_cell(self.spec), self.spec.hidden_size, inputs.x
         N, B = self.spec.layout.N, self.spec.layout.B
 
+        # A sweep leaves out steps beyond a sequence's end; what is kept has zeros there.
+        self.ends_early = self.options.whole.lengths is not None
+        make = x.new_zeros if self.ends_early else x.new_empty
+
         def rows(width: int, keep: bool, dtype: torch.dtype = x.dtype) -> Rows:
-            whole = x.new_empty(N, width, dtype=dtype) if keep else None
-            return Rows(pieces, whole, width, x)
+            return Rows(pieces, make((N, width), dtype=dtype) if keep else None, width, x)
 
         self.mask = None if mask is None else Rows(pieces, mask, H, x)
         self.gates = rows(H * cell.slots, save)
@@ -155,8 +160,9 @@ class _Layer:
         self.dropped = None if mask is None else rows(H, keep_out)
         beside = (cell.states - 1) * H
         self.c_seq = rows(beside, True, torch.float32) if beside and save else None
-        ragged = self.spec.layout.batch_sizes is not None
-        self.operand = rows(H, False) if plan.programs > 1 and ragged else None
+        kept = save and saves_operand(inputs.options)
+        differs = self.options.whole.operand_differs or self.spec.layout.batch_sizes is not None
+        self.operand = rows(H, kept) if kept or (differs and plan.programs > 1) else None
         self.w_ih, self.bias = by_unit(self.spec, inputs.weights[0])
         self.w_hh = recurrent_weights(self.spec, inputs.weights)
         self.b_hn = recurrent_bias(self.spec, inputs.weights)
@@ -169,6 +175,8 @@ class _Layer:
 
     def project(self, piece: Piece, x: Tensor) -> None:
         """The input product of a piece."""
+        if self.ends_early and self.out.whole is None:
+            self.out[piece].zero_()
         if self.bias is None:
             torch.mm(x, self.w_ih.t(), out=self.gates[piece])
         else:
@@ -183,13 +191,15 @@ class _Layer:
             part(self.operand, piece),
         )
         counters = None if self.counters is None else self.counters[piece.number]
+        options = self.options[piece]
         if self.launched is not None and self.kernel is not None:
             offsets = layout.offsets(h.device)
             other = {"gates": gates, "out": out, "c_seq": c_seq, "operand_seq": operand}
             other |= {"offsets": offsets, "counters": counters}
+            other |= {"lengths": options.lengths, "reset": options.reset}
             self.launched.again(self.kernel, other, layout.T, layout.B)
             return
-        sweep = self.wave.sweep(self.spec, piece, h.device)
+        sweep = self.wave.sweep(self.spec, piece, options, h)
         gates = gates.view(1, layout.N, self.spec.hidden_size, sweep.cell.slots)
         self.launched, _ = prepare_forward(
             sweep,
@@ -211,4 +221,5 @@ class _Layer:
         gates = self.gates.whole if needs_gates(self.spec) else None
         c_seq = None if self.c_seq is None else self.c_seq.whole
         mask = None if self.mask is None else self.mask.whole
-        return SavedLayer(x, self.out.whole, gates, c_seq, mask)
+        operand = None if self.operand is None else self.operand.whole
+        return SavedLayer(x, self.out.whole, gates, c_seq, mask, operand)

@@ -1,17 +1,17 @@
 """What both ways through a stack share: its layers, the pieces of time, and the rows of a piece."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_rnn.engines.triton import devices
-from fused_rnn.engines.triton.engine import TritonEngine
+from fused_rnn.engines.triton.engine import TritonEngine, sweep_options
 from fused_rnn.engines.triton.products import kernel_cell, plan_request
 from fused_rnn.kernels.pieces import Cut, Cuts, cut_stack
-from fused_rnn.kernels.sweep import DeviceLayout, Sweep
+from fused_rnn.kernels.sweep import NONE, DeviceLayout, Sweep, SweepOptions
 from fused_rnn.spec.batch import BatchLayout
 from fused_rnn.spec.layer import LayerInputs, LayerSpec
 
@@ -32,6 +32,8 @@ class SavedLayer(NamedTuple):
         gates: [N, H * S] as the forward sweep leaves them, or None for a cell that keeps none.
         c_seq: fp32 [N, K * H], or None for a cell of one state.
         mask: bool [N, H], what dropout behind the layer let pass, or None.
+        operand: [N, H], what the recurrent product of each row's step took, where that is not h0
+            and the output.
     """
 
     x: Tensor | None
@@ -39,9 +41,10 @@ class SavedLayer(NamedTuple):
     gates: Tensor | None
     c_seq: Tensor | None
     mask: Tensor | None
+    operand: Tensor | None
 
 
-NOT_SAVED = SavedLayer(None, None, None, None, None)
+NOT_SAVED = SavedLayer(None, None, None, None, None, None)
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,12 @@ class Wavefront:
         """The factor of what dropout lets pass."""
         return 0.0 if self.dropout == 1 else 1 / (1 - self.dropout)
 
-    def sweep(self, spec: LayerSpec, piece: "Piece", device: torch.device) -> Sweep:
+    def sweep(self, spec: LayerSpec, piece: "Piece", options: SweepOptions, like: Tensor) -> Sweep:
         """A sweep through a piece of a layer."""
         T, B, N = piece.layout.T, piece.layout.B, piece.layout.N
-        layout = DeviceLayout(T, B, N, piece.layout.offsets(device))
-        return Sweep(kernel_cell(spec), layout, (False,), self.engine.precision, self.engine.plan)
+        layout = DeviceLayout(T, B, N, piece.layout.offsets(like.device))
+        engine = self.engine
+        return Sweep(kernel_cell(spec), layout, (False,), engine.precision, engine.plan, options)
 
 
 def wavefront(
@@ -137,6 +141,36 @@ class Rows:
 
     def __getitem__(self, piece: Piece) -> Tensor:
         return self._parts[piece.number]
+
+
+class PieceOptions:
+    """The options of one layer, piece by piece.
+
+    Attributes:
+        whole: those of all steps.
+    """
+
+    def __init__(self, layer: StackLayer, pieces: Sequence[Piece]) -> None:
+        spec, inputs = layer
+        self.whole, count = NONE, len(pieces)
+        self._lengths: Sequence[Tensor | None] = (None,) * count
+        self._resets: Sequence[Tensor | None] = (None,) * count
+        if spec.options is None:
+            return
+        self.whole = sweep_options(spec, inputs.options)
+        if self.whole.lengths is not None:
+            steps = pieces[0].layout.T
+            begun = torch.arange(0, count * steps, steps, device=inputs.x.device)[:, None]
+            left = (self.whole.lengths - begun).clamp_(0, steps).to(torch.int32)
+            self._lengths = left.unbind()
+        if self.whole.reset is not None:
+            self._resets = self.whole.reset.split([piece.layout.N for piece in pieces], 1)
+
+    def __getitem__(self, piece: Piece) -> SweepOptions:
+        if self.whole is NONE:
+            return NONE
+        number = piece.number
+        return replace(self.whole, lengths=self._lengths[number], reset=self._resets[number])
 
 
 def part(rows: Rows | None, piece: Piece) -> Tensor | None:

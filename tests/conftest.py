@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import quick_interpreter
 import torch
 from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Read when Triton is first imported: without a GPU its interpreter runs the kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    quick_interpreter.install()
 else:
     # What cuBLAS wants for the deterministic mode below; read when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

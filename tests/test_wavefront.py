@@ -63,7 +63,7 @@ def test_the_order_of_streams_changes_no_bit(kind: str, dtype: torch.dtype) -> N
     _, fused = stack_of(kind, dtype=dtype)
     x, initial = torch.randn(5, 2, 3, dtype=dtype), states(fused, 2)
     first: dict[str, Tensor] = {}
-    for seed in range(3):
+    for seed in range(2):
         with overlapping(steps=2, seed=seed):
             found = run(fused, [x], initial)
         first = first or found
@@ -108,25 +108,21 @@ OPTIONS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 @interpreted
 @pytest.mark.parametrize(("kind", "how", "names"), OPTIONS)
 def test_options(kind: str, how: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Memory that nothing has written yet is NaN: so no sweep or product may read it."""
+    """Memory is NaN until it is written: so no sweep or product reads beyond a length."""
     _, ours, extra = LAYERS[kind]
     fused, exact = [
         ours(3, 8, num_layers=3, **extra, **how, backend=b) for b in ("triton", "eager")
     ]
     exact.load_state_dict(fused.state_dict())
     fused, exact = fused.eval(), exact.double().eval()
-    x = torch.randn(7, 4, 3)
-    given = {"lengths": torch.tensor([7, 2, 0, 5]), "reset": torch.rand(7, 4) < 0.4}
+    x = torch.randn(5, 4, 3)
+    given = {"lengths": torch.tensor([5, 2, 0, 3]), "reset": torch.rand(5, 4) < 0.4}
     call = {name: given[name] for name in names}
     expected = run(exact, [x.double()], None, **call)
-    torch.use_deterministic_algorithms(True)
-    try:
-        with overlapping(steps=2) as cut:
-            found = run(fused, [x], None, **call)
-            with torch.no_grad():
-                again = run(fused, [x], None, gradients=False, **call)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with overlapping(steps=2) as cut:
+        found = run(fused, [x], None, **call)
+        with torch.no_grad():
+            again = run(fused, [x], None, gradients=False, **call)
     assert cut == [3, 3]
     assert_same(found, expected, torch.float32)
     assert all(torch.equal(found[name], value) for name, value in again.items())

@@ -23,7 +23,6 @@ from fused_rnn.engines.triton.products import (
 )
 from fused_rnn.engines.wavefront.stack import (
     Piece,
-    PieceOptions,
     Rows,
     SavedLayer,
     StackLayer,
@@ -31,10 +30,11 @@ from fused_rnn.engines.wavefront.stack import (
     carried,
     cut_into_pieces,
     part,
+    piece_options,
 )
 from fused_rnn.engines.wavefront.streams import Event, Streams
 from fused_rnn.kernels.launch import Launch, LaunchRefused, launch, zero_counters
-from fused_rnn.kernels.sweep import Gradients
+from fused_rnn.kernels.sweep import Gradients, SweepOptions
 from fused_rnn.kernels.sweeps import partials_memory, prepare_reverse
 from fused_rnn.spec.layer import Engine, InputGrads, Needs, OutputGrads, WeightGrads
 
@@ -110,9 +110,11 @@ def _overlapping(
         dh = _last_states(layers[0].inputs.h0, grads.h_n, len(layers))
         dc = _last_states(layers[0].inputs.c0, grads.c_n, len(layers))
         dout = None if grads.out is None else Rows(pieces, grads.out.contiguous(), H, x)
+        options = piece_options(layers, pieces)
         stack: dict[int, _Layer] = {}
         for n in range(last, lowest - 1, -1):
-            stack[n] = _Layer(wave, layers[n], saved[n], pieces, (dh[n], dc[n]), dout, needs[n])
+            how = pieces, options[n], (dh[n], dc[n]), dout, needs[n]
+            stack[n] = _Layer(wave, layers[n], saved[n], *how)
             dout = Rows(pieces, None, H, x) if n > lowest else None
         dx = torch.empty_like(x) if needs[0].x else None
         bottom = None if dx is None else Rows(pieces, dx, x.shape[1], x)
@@ -199,14 +201,14 @@ class _Layer:
         layer: StackLayer,
         saved: SavedLayer,
         pieces: Sequence[Piece],
+        options: Sequence[SweepOptions],
         states: tuple[Tensor, Tensor | None],
         dout: Rows | None,
         needs: Needs,
     ) -> None:
         self.wave, (self.spec, self.inputs), self.needs = wave, layer, needs
         self.dh, self.dc = states  # from piece to piece, each of which overwrites them
-        self.dout, self.pieces = dout, pieces
-        self.options = PieceOptions(layer, pieces)
+        self.dout, self.pieces, self.options = dout, pieces, options
         plan, cell, H = wave.engine.plan, kernel_cell(self.spec), self.spec.hidden_size
         x, like = saved.x, saved.out
         assert x is not None
@@ -242,7 +244,7 @@ class _Layer:
         tiles = -(-self.spec.layout.B // plan.block_b)
         self.dvectors = zeros(P > 0, len(pieces), tiles, P, H)
         # Of the states with which segments begin, one of each piece.
-        restarted = self.options.whole.reset is not None and (needs.restart_h or needs.restart_c)
+        restarted = options[0].reset is not None and (needs.restart_h or needs.restart_c)
         self.drestart_h = _each_piece(self.inputs.h0 if restarted else None, pieces)
         self.drestart_c = _each_piece(c0 if restarted else None, pieces)
 
@@ -254,7 +256,7 @@ class _Layer:
         counters = None if self.counters is None else self.counters[p]
         dvectors = None if self.dvectors is None else self.dvectors[p]
         restarts = self.drestart_h[p], self.drestart_c[p]
-        options = self.options[piece]
+        options = self.options[p]
         if options.lengths is not None:  # a sweep leaves out steps beyond a sequence's end
             dgates.zero_()
         if self.launched is not None and self.kernel is not None:

@@ -24,7 +24,6 @@ from fused_rnn.engines.triton.products import (
 from fused_rnn.engines.wavefront.stack import (
     NOT_SAVED,
     Piece,
-    PieceOptions,
     Rows,
     SavedLayer,
     StackLayer,
@@ -32,9 +31,11 @@ from fused_rnn.engines.wavefront.stack import (
     carried,
     cut_into_pieces,
     part,
+    piece_options,
 )
 from fused_rnn.engines.wavefront.streams import Event, Streams
 from fused_rnn.kernels.launch import Launch, launch, zero_counters
+from fused_rnn.kernels.sweep import SweepOptions
 from fused_rnn.kernels.sweeps import ForwardResult, prepare_forward
 
 
@@ -60,14 +61,14 @@ def forward(wave: Wavefront, layers: Sequence[StackLayer], first_saved: int | No
     x, last = layers[0].inputs.x, len(layers) - 1
     with device_and_precision(x, wave.engine.precision):
         pieces = cut_into_pieces(layers[0].spec.layout, wave.cuts.forward, x.device)
-        masks = _masks(wave, layers, x)
+        masks, options = _masks(wave, layers, x), piece_options(layers, pieces)
         h, hs = _initial([inputs.h0 for _, inputs in layers])
         c, cs = _initial([inputs.c0 for _, inputs in layers])
         lowest = len(layers) if first_saved is None else first_saved
         stack = []
         for n, (layer, mask) in enumerate(zip(layers, masks, strict=True)):
             keep = n >= lowest, n >= min(last, lowest - 1)
-            stack.append(_Layer(wave, layer, pieces, (hs[n], cs[n]), mask, *keep))
+            stack.append(_Layer(wave, layer, pieces, options[n], (hs[n], cs[n]), mask, *keep))
         with Streams(x.device, wave.cuts.forward.streams) as streams:
             _run(stack, pieces, Rows(pieces, x, x.shape[1], x), streams)
         out = stack[last].out.whole
@@ -136,19 +137,20 @@ class _Layer:
         wave: Wavefront,
         layer: StackLayer,
         pieces: Sequence[Piece],
+        options: Sequence[SweepOptions],
         states: tuple[Tensor, Tensor | None],
         mask: Tensor | None,
         save: bool,
         keep_out: bool,
     ) -> None:
         self.wave, (self.spec, inputs), self.save = wave, layer, save
-        self.options = PieceOptions(layer, pieces)
+        self.options = options  # of each piece
         self.h, self.c = states  # from piece to piece, each of which overwrites them
         plan, cell, H, x = wave.engine.plan, kernel_cell(self.spec), self.spec.hidden_size, inputs.x
         N, B = self.spec.layout.N, self.spec.layout.B
 
         # A sweep leaves out steps beyond a sequence's end; what is kept has zeros there.
-        self.ends_early = self.options.whole.lengths is not None
+        self.ends_early = options[0].lengths is not None
         make = x.new_zeros if self.ends_early else x.new_empty
 
         def rows(width: int, keep: bool, dtype: torch.dtype = x.dtype) -> Rows:
@@ -161,7 +163,7 @@ class _Layer:
         beside = (cell.states - 1) * H
         self.c_seq = rows(beside, True, torch.float32) if beside and save else None
         kept = save and saves_operand(inputs.options)
-        differs = self.options.whole.operand_differs or self.spec.layout.batch_sizes is not None
+        differs = options[0].operand_differs or self.spec.layout.batch_sizes is not None
         self.operand = rows(H, kept) if kept or (differs and plan.programs > 1) else None
         self.w_ih, self.bias = by_unit(self.spec, inputs.weights[0])
         self.w_hh = recurrent_weights(self.spec, inputs.weights)
@@ -191,7 +193,7 @@ class _Layer:
             part(self.operand, piece),
         )
         counters = None if self.counters is None else self.counters[piece.number]
-        options = self.options[piece]
+        options = self.options[piece.number]
         if self.launched is not None and self.kernel is not None:
             offsets = layout.offsets(h.device)
             other = {"gates": gates, "out": out, "c_seq": c_seq, "operand_seq": operand}

@@ -143,34 +143,25 @@ class Rows:
         return self._parts[piece.number]
 
 
-class PieceOptions:
-    """The options of one layer, piece by piece.
-
-    Attributes:
-        whole: those of all steps.
-    """
-
-    def __init__(self, layer: StackLayer, pieces: Sequence[Piece]) -> None:
-        spec, inputs = layer
-        self.whole, count = NONE, len(pieces)
-        self._lengths: Sequence[Tensor | None] = (None,) * count
-        self._resets: Sequence[Tensor | None] = (None,) * count
-        if spec.options is None:
-            return
-        self.whole = sweep_options(spec, inputs.options)
-        if self.whole.lengths is not None:
-            steps = pieces[0].layout.T
-            begun = torch.arange(0, count * steps, steps, device=inputs.x.device)[:, None]
-            left = (self.whole.lengths - begun).clamp_(0, steps).to(torch.int32)
-            self._lengths = left.unbind()
-        if self.whole.reset is not None:
-            self._resets = self.whole.reset.split([piece.layout.N for piece in pieces], 1)
-
-    def __getitem__(self, piece: Piece) -> SweepOptions:
-        if self.whole is NONE:
-            return NONE
-        number = piece.number
-        return replace(self.whole, lengths=self._lengths[number], reset=self._resets[number])
+def piece_options(
+    layers: Sequence[StackLayer], pieces: Sequence[Piece]
+) -> list[list[SweepOptions]]:
+    """The options of each layer, piece by piece; lengths and resets are cut once for all layers."""
+    (spec, inputs), *_ = layers
+    if spec.options is None:
+        return [[NONE] * len(pieces)] * len(layers)
+    whole = sweep_options(spec, inputs.options)
+    lengths: Sequence[Tensor | None] = [None] * len(pieces)
+    resets = lengths
+    if whole.lengths is not None:
+        steps = pieces[0].layout.T
+        begun = torch.arange(0, len(pieces) * steps, steps, device=inputs.x.device)[:, None]
+        lengths = (whole.lengths - begun).clamp_(0, steps).to(torch.int32).unbind()
+    if whole.reset is not None:
+        resets = whole.reset.split([piece.layout.N for piece in pieces], 1)
+    cut = [replace(whole, lengths=n, reset=r) for n, r in zip(lengths, resets, strict=True)]
+    restarts = [(tensors.restart_h, tensors.restart_c) for _, (*_, tensors) in layers]
+    return [[replace(one, restart_h=h, restart_c=c) for one in cut] for h, c in restarts]
 
 
 def part(rows: Rows | None, piece: Piece) -> Tensor | None:

@@ -63,8 +63,8 @@ class Renamed:
         self.call, self.named_parameters = call, layer.named_parameters
         self.parameters = layer.parameters
 
-    def __call__(self, *args: Any) -> Any:
-        return self.call(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_inference_saves_nothing() -> None:
         with torch.set_grad_enabled(enabled):
             call(x)
         nodes = [n for n in counter.graphs[0].graph.nodes if "fused_rnn" in str(n.target)]
-        assert [n.target for n in nodes] == [torch.ops.fused_rnn.layer.default]
+        assert [n.target for n in nodes] == [torch.ops.fused_rnn.layers.default]
         flags.append(nodes[0].args[-1])
     assert flags == [True, False]
 
@@ -254,7 +254,7 @@ def arguments(
     device: str,
     options: bool = False,
 ) -> tuple[Any, ...]:
-    """Of :func:`fused_rnn.ops.operators.layer_op`, without biases where ``packed``."""
+    """Of :func:`fused_rnn.ops.operators.layers_op`, without biases where ``packed``."""
     T, B, I, H, known = 3, 2, 3, 4, CELLS[cell]
     G, has_c, steps = known.blocks, known.has_c, (5,) if packed else (T, B)
     sizes = torch.tensor([2, 2, 1]) if packed else None
@@ -290,7 +290,8 @@ def arguments(
     spec = LayerSpec(known, layout, directions, H, recompute=packed, options=settled)
     present = [t for t in inputs.flatten() if t is not None]
     numbers = [0.0, 0.5] if options else [0.0]
-    return present, sizes, Settings.text(spec, inputs, backend), numbers, save
+    settings = Settings.text(spec, inputs, backend)
+    return present, [], sizes, settings, numbers, 0.0, 0 if save else 1
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,7 @@ def arguments(
 def test_operators(cell: str, packed: bool, directions: int, save: bool) -> None:
     """PyTorch's own checks: schema, autograd, fake shapes and types, tracing of symbolic sizes."""
     inputs, *options = arguments(cell, "cpu", packed, directions, save, "cpu")
-    torch.library.opcheck(operators.layer_op, (inputs, *options))
+    torch.library.opcheck(operators.layers_op, (inputs, *options))
     check_backward(inputs, options, ["test_schema", "test_faketensor"])
 
 
@@ -308,7 +309,7 @@ def test_operators(cell: str, packed: bool, directions: int, save: bool) -> None
 def test_operators_of_the_eager_loop(cell: str, with_options: bool) -> None:
     """Without the checks that look into storages, which tensors under torch.func have not."""
     inputs, *options = arguments(cell, "eager", not with_options, 2, True, "cpu", with_options)
-    torch.library.opcheck(operators.layer_op, (inputs, *options))
+    torch.library.opcheck(operators.layers_op, (inputs, *options))
     check_backward(inputs, options, ["test_autograd_registration"])
 
 
@@ -319,17 +320,18 @@ def test_operators_of_the_kernels(
 ) -> None:
     inputs, *options = arguments(cell, "triton", packed, 1, True, triton_device, with_options)
     checks = ["test_schema", "test_faketensor"]
-    torch.library.opcheck(operators.layer_op, (inputs, *options), test_utils=checks)
+    torch.library.opcheck(operators.layers_op, (inputs, *options), test_utils=checks)
     check_backward(inputs, options, checks)
 
 
 def check_backward(inputs: list[Tensor], options: list[Any], checks: list[str]) -> None:
     """With gradients of the first two outputs, for all inputs but h0."""
     plain = [t.detach() for t in inputs]
-    results = operators.layer_op(plain, *options)
+    results = operators.layers_op(plain, *options)
     grads = [torch.randn_like(results[0]), torch.randn_like(results[1])]
-    told = Settings.of(options[1])
+    told = Settings.each(options[2])[-1]
     given = [True, True, *[False] * (told.cell.has_c + told.cells)]
     needs = [k != 1 and t.requires_grad for k, t in enumerate(inputs)]
-    arguments = (grads, given, plain, results, needs, *options[:-1])
-    torch.library.opcheck(operators.layer_backward_op, arguments, test_utils=checks)
+    kept = [results[0], *results[len(given) :]]
+    arguments = (grads, given, kept, needs, plain, *options)
+    torch.library.opcheck(operators.layers_backward_op, arguments, test_utils=checks)

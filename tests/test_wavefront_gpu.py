@@ -93,6 +93,24 @@ def test_lengths_and_resets_on_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["aot_eager", "cudagraphs"])
+def test_compiled_on_gpu(backend: str, cut_on_gpu: list[int]) -> None:
+    torch._dynamo.reset()
+    layer = FusedLSTM(64, 128, num_layers=3, backend="triton", device="cuda", dtype=torch.bfloat16)
+    call = torch.compile(layer, fullgraph=True, backend=backend)
+    x = torch.randn(64, 8, 64, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for function in (layer, call, call, call):
+        out, _ = function(x)
+        grads = torch.autograd.grad(out.float().square().sum(), list(layer.parameters()))
+        results.append([t.clone() for t in (out.detach(), *grads)])
+    assert len(cut_on_gpu) >= 3
+    for other in results[1:]:
+        for found, value in zip(other, results[0], strict=True):
+            assert torch.equal(found, value)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_recorded_by_a_cuda_graph(train: bool, cut_on_gpu: list[int]) -> None:
     layer = FusedLSTM(64, 128, num_layers=3, backend="triton", device="cuda", dtype=torch.bfloat16)

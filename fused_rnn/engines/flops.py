@@ -95,7 +95,7 @@ class _Counted:
         return self.engine.saved_specs(spec, inputs)
 
     def forward(self, spec: LayerSpec, inputs: LayerInputs, save: bool) -> tuple[Outputs, Saved]:
-        with self._as(torch.ops.fused_rnn.layer, forward(spec.layout.N, _sizes(inputs))):
+        with self._as(torch.ops.fused_rnn.layers, forward(spec.layout.N, _sizes(inputs))):
             return self.engine.forward(spec, inputs, save)
 
     def backward(
@@ -109,7 +109,7 @@ class _Counted:
     ) -> InputGrads:
         wanted = [needs.x, *chain.from_iterable(needs.weights)]
         flops = backward(spec.layout.N, inputs.h0.shape, _sizes(inputs), wanted, needs.h0)
-        with self._as(torch.ops.fused_rnn.layer_backward, flops):
+        with self._as(torch.ops.fused_rnn.layers_backward, flops):
             return self.engine.backward(spec, inputs, out, saved, grads, needs)
 
     @contextmanager

@@ -14,10 +14,11 @@ from fused_rnn.kernels.launch import LaunchRefused
 from fused_rnn.layers import recording, whole_stack
 from fused_rnn.layers.call import StackCall, describe, describe_layer, each_state, taken_apart
 from fused_rnn.layers.parameters import RecurrentModule, States
-from fused_rnn.ops import functional
+from fused_rnn.ops import functional, operators
 from fused_rnn.spec.batch import TracedLayout
 from fused_rnn.spec.cells import Cell
 from fused_rnn.spec.context import tracing
+from fused_rnn.spec.layer import LayerInputs, LayerSpec
 from fused_rnn.spec.precision import without_autocast
 
 
@@ -57,8 +58,11 @@ def run_stack(module: RecurrentModule, call: StackCall) -> tuple[tuple[Tensor, .
     with nullcontext() if call.dtype is None else without_autocast(x.device):
         for number in range(module.num_layers):
             spec, inputs = describe_layer(module, call, number, x)
-            route = None
-            if number == 0 and last > 0 and not isinstance(spec.layout, TracedLayout):
+            route = together = None
+            if number == 0 and last > 0 and isinstance(spec.layout, TracedLayout):
+                if functional.traced_together(spec, inputs, module.backend, call.cells):
+                    return _as_one_operator(module, call, (spec, inputs))
+            elif number == 0 and last > 0:
                 route = functional.route_of(spec, inputs, module.backend)
                 together = _overlapping(module, call, route)
                 if together is not None:
@@ -83,13 +87,31 @@ def _overlapping(
     wave = wavefront_of(module, call, route)
     if isinstance(wave, str):
         return None
-    like = route.inputs.x.new_empty(0, module.hidden_size)
-    above = [describe_layer(module, call, n, like) for n in range(1, module.num_layers)]
+    above = _layers_above(module, call)
     layers = [StackLayer(*layer) for layer in [(route.spec, route.inputs), *above]]
     try:
         out, h_n, c_n, _ = functional.run_stack(wave, layers)
     except LaunchRefused:  # layer by layer smaller plans are tried
         return None
+    return (out,), taken_apart((h_n,) if c_n is None else (h_n, c_n), module._cell)
+
+
+def _layers_above(module: RecurrentModule, call: StackCall) -> list[tuple[LayerSpec, LayerInputs]]:
+    """What all layers but the first are to compute; x stands for nothing."""
+    like = call.x.new_empty(0, *call.x.shape[1:-1], module.hidden_size)
+    return [describe_layer(module, call, n, like) for n in range(1, module.num_layers)]
+
+
+def _as_one_operator(
+    module: RecurrentModule, call: StackCall, first: tuple[LayerSpec, LayerInputs]
+) -> tuple[tuple[Tensor, ...], States]:
+    """What :func:`run_stack` returns, traced; whether layers overlap is decided when it runs."""
+    masks, p = [], module.dropout if module.training else 0.0
+    if p > 0:
+        ones = first[1].x.new_ones(*call.x.shape[:-1], module.hidden_size)
+        masks = [F.dropout(ones, p, True) != 0 for _ in range(module.num_layers - 1)]
+    layers = [first, *_layers_above(module, call)]
+    out, h_n, c_n, _ = operators.run(layers, module.backend, masks, p)
     return (out,), taken_apart((h_n,) if c_n is None else (h_n, c_n), module._cell)
 
 

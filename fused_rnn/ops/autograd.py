@@ -138,7 +138,7 @@ def _differentiable_stack(
 ) -> tuple[Tensor | None, ...]:
     """As :func:`_differentiable`, of a stack."""
     create_graph = torch.is_grad_enabled()
-    lowest = first_needed(needs) or 0
+    lowest = first_needed(needs)
     below = [None] * sum(len(inputs.flatten()) for _, inputs in layers[:lowest])
     layers, saved, needs = layers[lowest:], saved[lowest:], needs[lowest:]
     grads = [grads[0], *[None if g is None else g[lowest:] for g in grads[1:]]]

@@ -1,7 +1,8 @@
-"""A layer as the arguments of an operator, and back."""
+"""Layers as the arguments of an operator, and back."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -64,6 +65,12 @@ class Settings(NamedTuple):
         known: Any = backend
         return Settings(key, int(directions), recompute == "1", known, cells == "1", marks)
 
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def each(text: str) -> "tuple[Settings, ...]":
+        """Those of all layers of a stack, from their texts with "; " between them."""
+        return tuple([Settings.of(one) for one in text.split("; ")])
+
     def restore(self, tensors: Sequence[Any]) -> LayerInputs:
         """The inputs, of those tensors that there are."""
         left = iter(tensors)
@@ -89,7 +96,7 @@ class Call(NamedTuple):
 def sorted_out(
     tensors: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    settings: str,
+    told: Settings,
     numbers: Sequence[float],
     *,
     traced: bool = False,
@@ -100,7 +107,7 @@ def sorted_out(
     Raises:
         RuntimeError: ``batch_sizes`` do not fit the tensors, or the backend cannot run the layer.
     """
-    _, directions, recompute, backend, cells, _ = told = Settings.of(settings)
+    _, directions, recompute, backend, cells, _ = told
     cell = told.cell
     inputs = told.restore(tensors)
     x, h0, _, weights, given = inputs
@@ -133,6 +140,15 @@ def sorted_out(
     choice = choose(spec, x.device, x.dtype, backend, record)
     run = None if record else choice.run
     return Call(spec, inputs, choice.engine or reference, run)
+
+
+def by_layer(flat: Sequence[Any], settings: Sequence[Settings], x: Any) -> list[list[Any]]:
+    """What ``flat`` has of each layer; ``x`` in the place of the input of all but the first."""
+    left, parts = iter(flat), []
+    for number, told in enumerate(settings):
+        above = [x] if number > 0 else []
+        parts.append(above + list(islice(left, sum(told.present) - len(above))))
+    return parts
 
 
 def _as_rows(inputs: LayerInputs) -> LayerInputs:

@@ -23,7 +23,7 @@ from fused_rnn.ops.autograd import LayerFunction, StackFunction
 from fused_rnn.ops.segments import Segments
 from fused_rnn.spec.batch import BatchLayout, TracedLayout
 from fused_rnn.spec.cells import Cell
-from fused_rnn.spec.context import transformed
+from fused_rnn.spec.context import exporting, transformed
 from fused_rnn.spec.layer import NO_TENSORS, LayerInputs, LayerSpec, Outputs, Weights
 from fused_rnn.spec.options import NO_OPTIONS, CallOptions, Draw, settle, without_padding
 from fused_rnn.spec.precision import autocast_dtype, without_autocast
@@ -199,7 +199,7 @@ def run(
         ValueError: ``backend`` is not a backend's name.
     """
     if isinstance(spec.layout, TracedLayout):
-        return operators.run(spec, inputs, backend)
+        return operators.run([(spec, inputs)], backend)
     route = route or route_of(spec, inputs, backend)
     engine = route.choice.engine
     if route.way == "transformed":
@@ -247,6 +247,15 @@ def wavefront_of(
     return wavefront(choice.engine, spec, x, layers, dropout, record)
 
 
+def traced_together(spec: LayerSpec, inputs: LayerInputs, backend: Backend, cells: bool) -> bool:
+    """Whether a traced stack is one operator, in which its layers may overlap; as :func:`apart`.
+
+    An exported graph may run anywhere: there each layer has its own.
+    """
+    asked = backend in ("auto", "triton") and overlaps(inputs.x.device) and not exporting()
+    return asked and apart(spec, inputs, cells) is None
+
+
 def apart(spec: LayerSpec, inputs: LayerInputs, cells: bool) -> str | None:
     """Why the layers of a stack cannot overlap, each like the first, on whatever GPU they run.
 
@@ -274,7 +283,7 @@ def run_stack(wave: Wavefront, layers: Sequence[StackLayer]) -> Outputs:
     """Run a stack whose layers overlap; autocast is off."""
     flat = list(chain.from_iterable(inputs.flatten() for _, inputs in layers))
     if not (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in flat])):
-        return Outputs(*forward(wave, layers, None)[:3])
+        return Outputs(*forward(wave, layers, len(layers))[:3])
     specs = [spec for spec, _ in layers]
     return Outputs(*StackFunction.apply(wave, specs, *flat))
 

@@ -1,11 +1,11 @@
-"""One layer as opaque operators: what torch.compile and torch.export see of it.
+"""Layers as opaque operators: what torch.compile and torch.export see of them.
 
 A tracer must neither unroll the time loop nor fix T or B, nor look into an engine. So it gets two
 operators, whose shapes follow from those of their inputs; which engine runs is decided when they
 run. Untraced calls do not take them: next to a small layer an operator's own time would show.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from math import prod
 from typing import Any
@@ -14,173 +14,151 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_rnn.engines import flops, reference
+from fused_rnn.engines import flops
 from fused_rnn.engines.dispatch import Backend
-from fused_rnn.ops.encoding import Settings, present, rows_of, sorted_out
+from fused_rnn.ops.encoding import Settings, by_layer, present
+from fused_rnn.ops.traced import Stack
 from fused_rnn.spec.batch import TracedLayout
 from fused_rnn.spec.context import exporting
-from fused_rnn.spec.layer import (
-    InputGrads,
-    LayerInputs,
-    LayerSpec,
-    Needs,
-    Options,
-    OutputGrads,
-    Outputs,
-    Saved,
-)
+from fused_rnn.spec.layer import LayerInputs, LayerSpec, Needs, Options, Outputs
 
 
 def _is_empty(tensors: Sequence[Tensor]) -> bool:
-    """Whether there is no sequence in the batch of :func:`layer_op`."""
+    """Whether there is no sequence in the batch of :func:`layers_op`."""
     return tensors[1].shape[1] == 0
 
 
 # ---- forward ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fused_rnn::layer", mutates_args=())
-def layer_op(
+@torch.library.custom_op("fused_rnn::layers", mutates_args=())
+def layers_op(
     tensors: list[Tensor],
+    masks: list[Tensor],
     batch_sizes: Tensor | None,
     settings: str,
     numbers: list[float],
-    save: bool,
+    dropout: float,
+    lowest: int,
 ) -> list[Tensor]:
-    """Run one layer.
+    """Run one layer, or a stack of L layers of one direction.
 
     Args:
-        tensors: those of :class:`fused_rnn.spec.layer.LayerInputs` that there are, in its order;
-            but x is [T, B, I], reset [T, B] and zones are [T, B, .] without ``batch_sizes``.
+        tensors: of each layer those of :class:`fused_rnn.spec.layer.LayerInputs` that there are,
+            in its order, x of the first alone; but x is [T, B, I], reset [T, B] and zones are
+            [T, B, .] without ``batch_sizes``.
+        masks: bool, what dropout behind each layer but the last lets pass, as out; or none.
         batch_sizes: rows of each step, int64 [T] on the CPU, if the sequences differ in length.
-        settings: see :class:`fused_rnn.ops.encoding.Settings`.
+        settings: of each layer, see :class:`fused_rnn.ops.encoding.Settings`; "; " between them.
         numbers: zoneout, where no masks say it unit by unit; and clip, if there is one.
-        save: return what backward needs; without, it runs forward a second time.
+        dropout: probability that an element is dropped.
+        lowest: return what backward needs of this layer and those above it. L for nothing;
+            backward then runs forward a second time.
 
     Returns:
-        out [T, B, D*R] or [N, D*R], h_n [D, B, R], c_n [D, B, H] if the cell has one, c of all
-        steps as out if it is asked for, with ``save`` what the engine's ``saved_specs`` tells
+        out [T, B, D*R] or [N, D*R], h_n [L*D, B, R], c_n [L*D, B, H] if the cell has one, c of all
+        steps as out if it is asked for; then, for backward, the outputs of `Stack.kept` and of each
+        layer what the engine's ``saved_specs`` tells
     """
+    how = tensors, masks, batch_sizes, settings, numbers, dropout, lowest
     if _is_empty(tensors):  # so are all results
-        empty: list[Tensor] = _layer_fake(tensors, batch_sizes, settings, numbers, save)
+        empty: list[Tensor] = _layers_fake(*how)
         return empty
-    call = sorted_out(tensors, batch_sizes, settings, numbers, record=save)
-    saved: Saved = ()
-    if call.run is not None:
-        outputs = call.run(call.spec, call.inputs)
-    else:
-        save = save and call.engine.saved_specs(call.spec, call.inputs) is not None
-        outputs, saved = call.engine.forward(call.spec, call.inputs, save)
+    stack = Stack(*how)
+    outs, (h_n, c_n, c_seq), saved = stack.run()
     steps = tensors[0].shape[:-1]
-    c_seq = None if outputs.c_seq is None else outputs.c_seq.view(*steps, -1)
-    states = present([outputs.h_n, outputs.c_n, c_seq])
-    return [outputs.out.view(*steps, -1), *states, *present(saved)]
+    rows = [outs[-1], c_seq, *[outs[number] for number in stack.kept]]
+    out, c_seq, *kept = [None if t is None else t.view(*steps, -1) for t in rows]
+    return present([out, h_n, c_n, c_seq, *kept, *chain.from_iterable(saved)])
 
 
-@layer_op.register_fake
-def _layer_fake(
+@layers_op.register_fake
+def _layers_fake(
     tensors: list[Tensor],
+    masks: list[Tensor],
     batch_sizes: Tensor | None,
     settings: str,
     numbers: list[float],
-    save: bool,
+    dropout: float,
+    lowest: int,
 ) -> list[Tensor]:
-    call = sorted_out(tensors, batch_sizes, settings, numbers, traced=True)
-    x, (_, h0, c0, *_), D = tensors[0], call.inputs, call.spec.directions
-    results = [x.new_empty(*x.shape[:-1], D * h0.shape[-1]), h0.new_empty(h0.shape)]
+    how = tensors, masks, batch_sizes, settings, numbers, dropout, lowest
+    stack = Stack(*how, traced=True)
+    x, L, first = tensors[0], len(stack.calls), stack.calls[0]
+    (_, h0, c0, *_), D = first.inputs, first.spec.directions
+
+    def of_all_steps(state: Tensor) -> Tensor:
+        return x.new_empty(*x.shape[:-1], D * state.shape[-1])
+
+    results = [of_all_steps(h0), h0.new_empty(L * D, *h0.shape[1:])]
     if c0 is not None:
-        results.append(c0.new_empty(c0.shape))
-        if Settings.of(settings).cells:
-            results.append(x.new_empty(*x.shape[:-1], D * c0.shape[-1]))
-    specs = call.engine.saved_specs(call.spec, call.inputs) if save else None
-    return results + [x.new_empty(s[0], dtype=s[1]) for s in specs or () if s is not None]
+        results.append(c0.new_empty(L * D, *c0.shape[1:]))
+        if stack.told[-1].cells:
+            results.append(of_all_steps(c0))
+    results += [of_all_steps(h0) for _ in stack.kept]
+    specs = chain.from_iterable(stack.specs(number) or () for number in range(lowest, L))
+    return results + [x.new_empty(s[0], dtype=s[1]) for s in specs if s is not None]
 
 
 # ---- backward -----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fused_rnn::layer_backward", mutates_args=())
-def layer_backward_op(
+@torch.library.custom_op("fused_rnn::layers_backward", mutates_args=())
+def layers_backward_op(
     grads: list[Tensor],
     given: list[bool],
-    tensors: list[Tensor],
     results: list[Tensor],
     needs: list[bool],
+    tensors: list[Tensor],
+    masks: list[Tensor],
     batch_sizes: Tensor | None,
     settings: str,
     numbers: list[float],
+    dropout: float,
+    lowest: int,
 ) -> list[Tensor]:
-    """Gradients of a layer's inputs.
+    """Gradients of the inputs of :func:`layers_op`, whose arguments follow these.
 
     Args:
         grads: gradients of those of the outputs that ``given`` marks; the others are zero.
         given: which outputs have a gradient.
-        tensors: of :func:`layer_op`.
-        results: the first of :func:`layer_op`'s, and what ``save`` adds; without that, forward runs
-            a second time.
+        results: the first of :func:`layers_op`'s, and what it returns for backward.
         needs: which of ``tensors`` want a gradient.
-        batch_sizes: of :func:`layer_op`.
-        settings: of :func:`layer_op`.
-        numbers: of :func:`layer_op`.
+        tensors: these and all others as there.
+        masks: as there.
+        batch_sizes: as there.
+        settings: as there.
+        numbers: as there.
+        dropout: as there.
+        lowest: as there.
 
     Returns:
         the gradients of those that ``needs`` marks
     """
+    how = tensors, masks, batch_sizes, settings, numbers, dropout, lowest
     if _is_empty(tensors):
         return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
-    spec, inputs, engine, _ = sorted_out(tensors, batch_sizes, settings, numbers)
-    out, *rest = results
-    out = out.flatten(0, -2)
-    specs = engine.saved_specs(spec, inputs)
-    if specs is not None and len(rest) == sum(s is not None for s in specs):
-        left = iter(rest)
-        saved: Saved = tuple(None if s is None else next(left) for s in specs)
-    elif specs is None:
-        saved = ()
-    else:
-        outputs, saved = engine.forward(spec, inputs, save=True)
-        out = outputs.out
-    all_grads, marks = _by_place(inputs, grads, given, needs)
-    computed = engine.backward(spec, inputs, out, saved, all_grads, marks)
-    # The two biases of a direction may share one gradient; an operator's results may not.
+    stack = Stack(*how, recorded=True)
+    ran, places = stack.restored(results), stack.sorted_grads(grads, given, needs)
+    # The biases of a direction may share one gradient, and states of layers their memory; an
+    # operator's results may not.
     distinct: list[Tensor] = []
-    for grad in _as_needed(computed, inputs, tensors, needs):
-        seen = any(grad.data_ptr() == other.data_ptr() for other in distinct)
-        distinct.append(grad.clone() if seen else grad.contiguous())
+    taken: set[int] = set()
+    for grad in stack.wanted(stack.backward(ran, *places), needs):
+        memory = grad.untyped_storage().data_ptr()
+        distinct.append(grad.clone() if memory in taken else grad.contiguous())
+        taken.add(memory)
     return distinct
 
 
-def _by_place(
-    inputs: LayerInputs, grads: Sequence[Tensor], given: Sequence[bool], needs: Sequence[bool]
-) -> tuple[OutputGrads, Needs]:
-    """The gradients of all outputs, and which of the ``inputs`` want one."""
-    left, wanted = iter(grads), iter(needs)
-    dout, dh_n, dc_n, dc_seq = (*[next(left) if g else None for g in given], None, None)[:4]
-    marks = [t is not None and next(wanted) for t in inputs.flatten()]
-    return OutputGrads(rows_of(dout), dh_n, dc_n, rows_of(dc_seq)), Needs.restore(marks)
-
-
-def _as_needed(
-    computed: InputGrads, inputs: LayerInputs, tensors: Sequence[Tensor], needs: Sequence[bool]
-) -> Iterator[Tensor]:
-    """Those of the gradients of ``inputs`` that ``needs`` marks, in the shapes of ``tensors``."""
-    both = zip(computed.flatten(), inputs.flatten(), strict=True)
-    present = [grad for grad, tensor in both if tensor is not None]
-    for grad, tensor, need in zip(present, tensors, needs, strict=True):
-        if need:
-            yield torch.zeros_like(tensor) if grad is None else grad.reshape(tensor.shape)
-
-
-@layer_backward_op.register_fake
-def _layer_backward_fake(
+@layers_backward_op.register_fake
+def _layers_backward_fake(
     grads: list[Tensor],
     given: list[bool],
-    tensors: list[Tensor],
     results: list[Tensor],
     needs: list[bool],
-    batch_sizes: Tensor | None,
-    settings: str,
-    numbers: list[float],
+    tensors: list[Tensor],
+    *how: Any,
 ) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
 
@@ -188,34 +166,30 @@ def _layer_backward_fake(
 _LIBRARY = torch.library.Library("fused_rnn", "FRAGMENT")
 
 
-@torch.library.impl(_LIBRARY, "layer_backward", "Batched")
-def _layer_backward_of_many(
+@torch.library.impl(_LIBRARY, "layers_backward", "Batched")
+def _layers_backward_of_many(
     grads: list[Tensor],
     given: list[bool],
-    tensors: list[Tensor],
     results: list[Tensor],
     needs: list[bool],
-    batch_sizes: Tensor | None,
-    settings: str,
-    numbers: list[float],
+    *how: Any,
 ) -> list[Tensor]:
     """The same where many gradients are asked for at once, as by ``is_grads_batched=True``."""
-    spec, inputs, *_ = sorted_out(tensors, batch_sizes, settings, numbers)
-    all_grads, marks = _by_place(inputs, grads, given, needs)
-    computed = reference.pull_back(spec, inputs, all_grads, marks)
-    return list(_as_needed(computed, inputs, tensors, needs))
+    stack = Stack(*how, recorded=True)
+    ran, places = stack.restored(results), stack.sorted_grads(grads, given, needs)
+    return stack.wanted(stack.pull_back(ran, *places), needs)
 
 
 # ---- autograd -----------------------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, batch_sizes, settings, numbers, _ = inputs
-    told = Settings.of(settings)
+    tensors, masks, batch_sizes, settings, *numbers = inputs
+    told = Settings.each(settings)[-1]
     ctx.outputs = 2 + told.cell.has_c + told.cells
-    ctx.count, ctx.settings, ctx.numbers = len(tensors), settings, numbers
+    ctx.counts, ctx.settings, ctx.numbers = (len(tensors), len(masks)), settings, numbers
     # Of the outputs only the first: the caller may overwrite the others.
-    ctx.save_for_backward(batch_sizes, *tensors, output[0], *output[ctx.outputs :])
+    ctx.save_for_backward(batch_sizes, *tensors, *masks, output[0], *output[ctx.outputs :])
     ctx.mark_non_differentiable(*output[ctx.outputs :])
     ctx.set_materialize_grads(False)
 
@@ -224,75 +198,104 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[0]
     grads = grads[: ctx.outputs]
     batch_sizes, *rest = ctx.saved_tensors
+    tensors, rest = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
+    masks, results = rest[: ctx.counts[1]], rest[ctx.counts[1] :]
     computed: list[Tensor] = []
     if any(g is not None for g in grads):
-        computed = layer_backward_op(
-            present(grads),
-            [g is not None for g in grads],
-            rest[: ctx.count],
-            rest[ctx.count :],
-            needs,
-            batch_sizes,
-            ctx.settings,
-            ctx.numbers,
-        )
+        given = [g is not None for g in grads]
+        how = tensors, masks, batch_sizes, ctx.settings, *ctx.numbers
+        computed = layers_backward_op(present(grads), given, results, needs, *how)
     left = iter(computed)
-    return ([next(left, None) if need else None for need in needs], None, None, None, None)
+    grad_of_tensors = [next(left, None) if need else None for need in needs]
+    return (grad_of_tensors, [None] * len(masks), None, None, None, None, None)
 
 
-layer_op.register_autograd(_backward, setup_context=_setup_context)
+layers_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 # ---- FLOPs --------------------------------------------------------------------------------------
 
 
-@register_flop_formula(torch.ops.fused_rnn.layer)
-def _layer_flops(
+@register_flop_formula(torch.ops.fused_rnn.layers)
+def _layers_flops(
     tensors: list[flops.Size],
+    masks: list[flops.Size],
     batch_sizes: flops.Size | None,
     settings: str,
     *rest: Any,
     out_shape: Any,
 ) -> int:
-    weights = Settings.of(settings).restore(tensors).weights
-    sizes: Any = list(chain.from_iterable(weights))
-    return flops.forward(prod(tensors[0][:-1]), sizes)
+    N, total = prod(tensors[0][:-1]), 0
+    each = Settings.each(settings)
+    for told, sizes in zip(each, by_layer(tensors, each, None), strict=True):
+        weights: Any = list(chain.from_iterable(told.restore(sizes).weights))
+        total += flops.forward(N, weights)
+    return total
 
 
-@register_flop_formula(torch.ops.fused_rnn.layer_backward)
-def _layer_backward_flops(
+@register_flop_formula(torch.ops.fused_rnn.layers_backward)
+def _layers_backward_flops(
     grads: list[flops.Size],
     given: list[bool],
-    tensors: list[flops.Size],
     results: list[flops.Size],
     needs: list[bool],
+    tensors: list[flops.Size],
+    masks: list[flops.Size],
     batch_sizes: flops.Size | None,
     settings: str,
     *rest: Any,
     out_shape: Any,
 ) -> int:
-    told = Settings.of(settings)
-    sizes: Any = list(chain.from_iterable(told.restore(tensors).weights))
-    wanted = iter(needs)
-    marks = Needs.restore([there and next(wanted) for there in told.present])
-    needed = [marks.x, *chain.from_iterable(marks.weights)]
-    return flops.backward(prod(tensors[0][:-1]), tensors[1], sizes, needed, marks.h0)
+    N, h0, total = prod(tensors[0][:-1]), tensors[1], 0
+    # A layer that is not the first gives its input a gradient where anything below wants one.
+    each = Settings.each(settings)
+    parts = zip(each, by_layer(tensors, each, None), by_layer(needs, each, None), strict=True)
+    below = False
+    for told, sizes, marks in parts:
+        wanted = iter(marks)
+        flat = [there and next(wanted) for there in told.present]
+        need = Needs.restore([below if mark is None else mark for mark in flat])
+        weights: Any = list(chain.from_iterable(told.restore(sizes).weights))
+        needed = [need.x, *chain.from_iterable(need.weights)]
+        if any(need.flatten()):
+            total += flops.backward(N, h0, weights, needed, need.h0)
+            below = True
+    return total
 
 
 # ---- what the traced layer calls ----------------------------------------------------------------
 
 
-def run(spec: LayerSpec, inputs: LayerInputs, backend: Backend) -> Outputs:
-    """One layer through the operators; rows of a uniform batch are [T, B, .], outputs, too."""
+def run(
+    layers: Sequence[tuple[LayerSpec, LayerInputs]],
+    backend: Backend,
+    masks: Sequence[Tensor] = (),
+    dropout: float = 0.0,
+) -> Outputs:
+    """One layer or a stack through the operators; rows of a uniform batch are [T, B, .].
+
+    Args:
+        layers: of one spec but for the inputs' sizes, x being that of the first.
+        backend: what the user asks for.
+        masks: what dropout behind each layer but the last lets pass, or none.
+        dropout: probability that an element is dropped.
+    """
+    spec, _ = layers[-1]
     layout, options = spec.layout, spec.options or Options()
     assert isinstance(layout, TracedLayout)
-    tensors = present(inputs.flatten())
     # An exported graph may serve inference or training: there backward runs forward once more,
     # so that inference need not save anything.
-    save = torch.is_grad_enabled() and not exporting()
-    save = save and any([t.requires_grad for t in tensors])
+    record = torch.is_grad_enabled() and not exporting()
+    lowest = len(layers)
+    tensors: list[Tensor] = []
+    for number, (_, inputs) in enumerate(layers):
+        mine = present(inputs.flatten())[min(number, 1) :]
+        if record and lowest == len(layers) and any([t.requires_grad for t in mine]):
+            lowest = number
+        tensors = tensors + mine
     numbers = [options.zoneout] if options.clip is None else [options.zoneout, options.clip]
-    settings = Settings.text(spec, inputs, backend)
-    out, h_n, *rest = layer_op(tensors, layout.batch_sizes, settings, numbers, save)
+    settings = "; ".join([Settings.text(spec, inputs, backend) for spec, inputs in layers])
+    how = list(masks), layout.batch_sizes, settings, numbers, dropout, lowest
+    out, h_n, *rest = layers_op(tensors, *how)
     c_n = rest[0] if spec.cell.has_c else None
     return Outputs(out, h_n, c_n, rest[1] if options.cells else None)

@@ -72,7 +72,7 @@ def one_by_one(
     needs: Sequence[Needs],
 ) -> list[InputGrads]:
     """The same by an engine's backward of each layer, from the top down."""
-    lowest = first_needed(needs) or 0
+    lowest = first_needed(needs)
     found = [NO_GRADIENTS] * len(layers)
     dout = grads.out
     for n in range(len(layers) - 1, lowest - 1, -1):
@@ -103,7 +103,6 @@ def _overlapping(
     layers = [StackLayer(spec, contiguous(inputs)) for spec, inputs in layers]
     x, H, last = layers[0].inputs.x, layers[0].spec.hidden_size, len(layers) - 1
     lowest, cut = first_needed(needs), wave.cuts.reverse
-    assert lowest is not None
     assert cut is not None
     with device_and_precision(x, wave.engine.precision):
         pieces = cut_into_pieces(layers[0].spec.layout, cut, x.device)
@@ -125,9 +124,9 @@ def _overlapping(
         ]
 
 
-def first_needed(needs: Sequence[Needs]) -> int | None:
-    """The lowest layer of which a gradient is needed."""
-    return next((n for n, need in enumerate(needs) if any(need.flatten())), None)
+def first_needed(needs: Sequence[Needs]) -> int:
+    """The lowest layer of which a gradient is needed; as many as there are for none."""
+    return next((n for n, need in enumerate(needs) if any(need.flatten())), len(needs))
 
 
 def _last_states(like: Tensor | None, grad: Tensor | None, layers: int) -> list[Any]:

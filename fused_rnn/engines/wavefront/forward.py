@@ -55,18 +55,23 @@ class StackOutputs(NamedTuple):
     saved: tuple[SavedLayer, ...]
 
 
-def forward(wave: Wavefront, layers: Sequence[StackLayer], first_saved: int | None) -> StackOutputs:
-    """Run a stack, and return what backward needs of ``first_saved`` and the layers above it."""
+def forward(
+    wave: Wavefront, layers: Sequence[StackLayer], lowest: int, masks: Sequence[Tensor] = ()
+) -> StackOutputs:
+    """Run a stack, and return what backward needs of layer ``lowest`` and those above it.
+
+    ``masks`` [N, H] of dropout behind each layer but the last may have been drawn; or they are now.
+    """
     layers = [StackLayer(spec, contiguous(inputs)) for spec, inputs in layers]
     x, last = layers[0].inputs.x, len(layers) - 1
     with device_and_precision(x, wave.engine.precision):
         pieces = cut_into_pieces(layers[0].spec.layout, wave.cuts.forward, x.device)
-        masks, options = _masks(wave, layers, x), piece_options(layers, pieces)
+        drawn = masks or _masks(wave, layers, x)
+        options = piece_options(layers, pieces)
         h, hs = _initial([inputs.h0 for _, inputs in layers])
         c, cs = _initial([inputs.c0 for _, inputs in layers])
-        lowest = len(layers) if first_saved is None else first_saved
         stack = []
-        for n, (layer, mask) in enumerate(zip(layers, masks, strict=True)):
+        for n, (layer, mask) in enumerate(zip(layers, [*drawn, None], strict=True)):
             keep = n >= lowest, n >= min(last, lowest - 1)
             stack.append(_Layer(wave, layer, pieces, options[n], (hs[n], cs[n]), mask, *keep))
         with Streams(x.device, wave.cuts.forward.streams) as streams:
@@ -96,12 +101,10 @@ def _initial(initial: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Any]
 
 def _masks(wave: Wavefront, layers: Sequence[StackLayer], x: Tensor) -> list[Tensor | None]:
     """What dropout behind each layer lets pass: what it would, of all its rows at once."""
-    masks: list[Tensor | None] = [None] * len(layers)
-    if wave.dropout > 0:
-        for number, (spec, _) in enumerate(layers[:-1]):
-            ones = x.new_ones(spec.layout.N, spec.hidden_size)
-            masks[number] = F.dropout(ones, wave.dropout, True) != 0
-    return masks
+    if wave.dropout == 0:
+        return [None] * (len(layers) - 1)
+    ones = [x.new_ones(spec.layout.N, spec.hidden_size) for spec, _ in layers[:-1]]
+    return [F.dropout(one, wave.dropout, True) != 0 for one in ones]
 
 
 def _run(stack: "Sequence[_Layer]", pieces: Sequence[Piece], x: Rows, streams: Streams) -> None:

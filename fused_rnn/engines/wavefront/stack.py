@@ -64,7 +64,7 @@ class Wavefront:
     @property
     def scale(self) -> float:
         """The factor of what dropout lets pass."""
-        return 0.0 if self.dropout == 1 else 1 / (1 - self.dropout)
+        return dropout_scale(self.dropout)
 
     def sweep(self, spec: LayerSpec, piece: "Piece", options: SweepOptions, like: Tensor) -> Sweep:
         """A sweep through a piece of a layer."""
@@ -86,6 +86,11 @@ def wavefront(
     how = {"train": train, "captured": captured}
     cuts = cut_stack(request, engine.plan, layers, spec.layout.T, limits, **how)
     return Wavefront(engine, cuts, dropout) if cuts.overlap else str(cuts)
+
+
+def dropout_scale(p: float) -> float:
+    """The factor of what dropout with a probability lets pass."""
+    return 0.0 if p == 1 else 1 / (1 - p)
 
 
 class Piece(NamedTuple):

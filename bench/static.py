@@ -70,6 +70,7 @@ class Row:
     stg: int = -1
     hmma: int = -1
     hgmma: int = -1
+    spilled: int = -1
     weights_shared: int = -1
     weights_global: int = -1
 

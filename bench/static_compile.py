@@ -55,6 +55,7 @@ COUNTED = {
     "stg": ("STG",),
     "hmma": ("HMMA",),
     "hgmma": ("HGMMA", "UTCHMMA"),
+    "spilled": ("LDL", "STL"),
 }
 
 

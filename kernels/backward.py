@@ -207,8 +207,9 @@ def backward_kernel(
     if not STREAM:
         xs = operands((none, none, none, none), dtype, G, BLOCK_H, BLOCK_B, JOINED, PRECISION)
         ws, nothing = prime_transposed(
-            w, scale, u0, xs, nothing, G, H, BLOCK_H, BLOCK_K, CHUNKS, REGISTERS, MS, PRECISION
-        )
+            w, scale, zero, u0, xs, nothing, G, H, BLOCK_H, BLOCK_K, CHUNKS, REGISTERS, MS, JOINED,
+            PRECISION,
+        )  # fmt: skip
     if GROUP:
         dh += tl.sum(nothing)  # a scalar: its layout is to reach nothing
     else:

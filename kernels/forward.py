@@ -197,8 +197,9 @@ def forward_kernel(
             hs = load_chunks(first_h, there, H, BLOCK_K, CHUNKS, dtype, JOINED, PRECISION)
         else:
             hs = (to_tf32(operand, PRECISION),)
+        zero = (T < 0).to(tl.int32)  # which the compiler does not know
         ws, halves = prime(
-            w, scale, u0, hs, G, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, JOINED, PRECISION
+            w, scale, zero, u0, hs, G, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, JOINED, PRECISION
         )
 
     row, count = step_rows(offsets, length, t, T, B)

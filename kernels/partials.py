@@ -9,28 +9,13 @@ import triton
 import triton.language as tl
 
 from fused_rnn.kernels.precision import product, to_tf32
-from fused_rnn.kernels.weights import add_slices, load_weights, when_used
+from fused_rnn.kernels.weights import add_slices, load_half, load_shared, when_used
 
 
 @triton.jit
 def join_rows(x, y, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
     """Two gates as one right operand [2 * BLOCK_H, BLOCK_B], row = gate * BLOCK_H + unit."""
     return tl.reshape(tl.permute(tl.join(x, y), (2, 0, 1)), (2 * BLOCK_H, BLOCK_B))
-
-
-@triton.jit
-def widen(w):
-    """A transposed operand [slices, rows, 8] in parts, with as many zeros beside its columns.
-
-    mma multiplies 16 columns at least: more than 8 units of a single gate have.
-    """
-    S: tl.constexpr = w[0].shape[0]
-    ROWS: tl.constexpr = w[0].shape[1]
-    wide = ()
-    for i in tl.static_range(len(w)):
-        both = tl.permute(tl.join(w[i], tl.zeros_like(w[i])), (0, 1, 3, 2))
-        wide = wide + (tl.reshape(both, (S, ROWS, 16)),)
-    return wide
 
 
 @triton.jit
@@ -92,57 +77,43 @@ def multiply_transposed(tiles, xs, init, none, MS: tl.constexpr, PRECISION: tl.c
 
 
 @triton.jit
-def load_half(
-    w, scale, u0, chunk, first: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, MS: tl.constexpr, HALVES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A transposed tile of the half whose first gate is given, or of all of joined gates."""
-    GATES: tl.constexpr = 4 if HALVES == 1 and G > 1 else (2 if first + 1 < G else 1)
-    tile = load_weights(
-        w, scale, u0, chunk, first, GATES, H, BLOCK_H, BLOCK_K, 1, MS, True, PRECISION, GATES > G
-    )
-    if GATES * BLOCK_H < 16:
-        tile = widen(tile)
-    return tile
-
-
-@triton.jit
 def prime_transposed(
-    w, scale, u0, xs, init, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+    w, scale, zero, u0, xs, init, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, REGISTERS: tl.constexpr, MS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    JOINED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The resident tiles of each chunk, and a product with them (see `weights.first_products`)."""
+    """The resident tiles of each chunk, and a product with them (see `products.prime`)."""
+    HALVES: tl.constexpr = len(xs)
+    kept = ()
+    if not JOINED:
+        kept = load_shared(
+            w, scale, zero, u0, HALVES, G, H, BLOCK_H, BLOCK_K, REGISTERS, 1, MS, True, PRECISION
+        )
     ws = ()
     for i in tl.static_range(CHUNKS):
         tiles = ()
-        for j in tl.static_range(len(xs)):
+        for j in tl.static_range(HALVES):
             if i + j > 0:
                 tl.debug_barrier()
-            tile = load_half(w, scale, u0, i, 2 * j, G, H, BLOCK_H, BLOCK_K, MS, len(xs), PRECISION)
+            tile = load_half(
+                w, scale, u0, i, 2 * j, HALVES, G, H, BLOCK_H, BLOCK_K, 1, MS, True, PRECISION
+            )
             init = through_weights(tile, xs[j], init, MS, PRECISION)
             tiles = tiles + (tile,)
         if i < REGISTERS:
             ws = ws + (tiles,)
-    for i in tl.static_range(REGISTERS, CHUNKS):
-        tl.debug_barrier()
-        tiles = ()
-        for j in tl.static_range(len(xs)):
-            tile = load_half(w, None, u0, i, 2 * j, G, H, BLOCK_H, BLOCK_K, MS, len(xs), PRECISION)
-            tiles = tiles + (tile,)
-        ws = ws + (tiles,)
-    return ws, init
+    if JOINED:
+        kept = load_shared(
+            w, None, zero, u0, HALVES, G, H, BLOCK_H, BLOCK_K, REGISTERS, 1, MS, True, PRECISION
+        )
+    return ws + kept, init
 
 
 @triton.jit
-def multiply_chunk(
-    tiles, xs, part, MS: tl.constexpr, PRECISION: tl.constexpr, RESIDENT: tl.constexpr
-):
-    """W^T x + part of the units of one chunk; tiles that are RESIDENT in registers are rounded."""
+def multiply_chunk(tiles, xs, part, MS: tl.constexpr, PRECISION: tl.constexpr):
+    """W^T x + part of the units of one chunk."""
     for j in tl.static_range(len(xs)):
-        tile = tiles[j] if RESIDENT else when_used(tiles[j], PRECISION)
-        part = through_weights(tile, xs[j], part, MS, PRECISION)
+        part = through_weights(tiles[j], xs[j], part, MS, PRECISION)
     return part
 
 
@@ -171,14 +142,14 @@ def send_partials(
     G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr, REGISTERS: tl.constexpr, MS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store this program's part of W^T x for all units, by chunks; once: see `weights.products`."""
+    """Store this program's part of W^T x for all units, by chunks; once: see `multiply_half`."""
     BLOCK_B: tl.constexpr = xs[0].shape[1]
     if STREAM:
         for i in tl.range(0, CHUNKS, num_stages=3):
             part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
             for j in tl.static_range(len(xs)):
                 tile = load_half(
-                    w, None, u0, i, 2 * j, G, H, BLOCK_H, BLOCK_K, 1, len(xs), PRECISION
+                    w, None, u0, i, 2 * j, len(xs), G, H, BLOCK_H, BLOCK_K, 1, 1, True, PRECISION
                 )
                 tile = when_used(tile, PRECISION)
                 part = through_weights(tile, xs[j], part, 1, PRECISION)
@@ -187,10 +158,10 @@ def send_partials(
         for i in tl.static_range(CHUNKS):
             part = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
             if i < REGISTERS:
-                part = multiply_chunk(ws[i], xs, part, MS, PRECISION, True)
+                part = multiply_chunk(ws[i], xs, part, MS, PRECISION)
             else:
                 for _ in range(once):
-                    part = multiply_chunk(ws[i], xs, part, MS, PRECISION, False)
+                    part = multiply_chunk(ws[i], xs, part, MS, PRECISION)
             store_partial(part, partials, i, program, PROGRAMS, BLOCK_H, BLOCK_K, BLOCK_B)
 
 

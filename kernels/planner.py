@@ -15,7 +15,7 @@ from fused_rnn.kernels.cost import PARTS_BYTES, operand_bytes, step_us
 from fused_rnn.kernels.plan import DoesNotFit, Plan, PlanRequest
 
 WORKING = 120  # registers per thread beside the weights: 80 to 115 in the compiled kernels
-WORKING_SHARED = 155  # the same if tiles from shared memory pass through registers, too
+WORKING_SHARED = 79  # and two tiles, where some from shared memory pass through registers
 STATES, FACTORS = 2, 6  # of the LSTM, which has most of the cells that those were counted for
 TILES = 14  # of its step in registers at once: slots, factors, states
 WORKING_JOINED = 127  # the same where no tile does, and h is read in pieces
@@ -200,9 +200,10 @@ def _cooperative(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
             tile_registers = gates * block_h * block_k * itemsize // (128 * warps)
             chunks = count
             more = _more_registers(request, limits, block_h, warps, block_b)
-            if count * tile_registers > limits.registers - WORKING - more:
-                chunks = max(0, limits.registers - WORKING_SHARED - more) // tile_registers
             tile = min(2, gates) * block_h * block_k * itemsize
+            if count * tile_registers > limits.registers - WORKING - more:
+                more += WORKING_SHARED + 2 * tile // (128 * warps)
+                chunks = min(count, max(0, limits.registers - more) // tile_registers)
             kept = (count - chunks) * gates * block_h * block_k * itemsize
             shared = kept + tile + _exchange(request, block_h, block_k, block_b, k_split, warps)
             weights = {count: "registers", 0: "shared"}.get(chunks, "registers and shared")
@@ -230,7 +231,7 @@ def _cooperative(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
 def _joined(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
     """A cooperative group with all gates in one tile of 128 rows, for wgmma.
 
-    Its weights are in registers and in shared memory, where wgmma reads them. Three tiles are in
+    Its weights are in registers and in shared memory, where wgmma reads them. Two tiles are in
     registers; more of them would leave the compiler too few, and only do so where they must.
     """
     H, itemsize = request.H, request.itemsize
@@ -248,7 +249,7 @@ def _joined(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
         room = max(0, limits.registers - WORKING_JOINED - more) // tile_registers
         h = block_k * block_b * itemsize
         beyond = count - (limits.shared - 1024 - H_CHUNKS * h) // tile
-        chunks = min(count, room, max(3, beyond))
+        chunks = min(count, room, max(2, beyond))
         kept = (count - chunks) * tile
         shared = 1024 + max(kept + H_CHUNKS * h, tile + count * h)  # the latter before the loop
         weights = {count: "registers", 0: "shared"}.get(chunks, "registers and shared")

@@ -12,10 +12,10 @@ import triton.language as tl
 
 from fused_rnn.kernels.precision import product
 from fused_rnn.kernels.weights import (
-    first_products,
     join_halves,
     load_h,
-    products,
+    load_half,
+    load_shared,
     stream_product,
 )
 
@@ -49,22 +49,74 @@ def load_chunks(
 
 @triton.jit
 def prime(
-    w, scale, u0, hs, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+    w, scale, zero, u0, hs, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr, REGISTERS: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr,
     JOINED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The resident weights, and their product with the first h (see `weights.first_products`)."""
-    FIRST: tl.constexpr = (4 if JOINED else 2) if G > 1 else 1
-    ws, acc = first_products(
-        w, scale, u0, hs, 0, FIRST, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION, FIRST > G
-    )
-    if G <= FIRST:
-        return (ws,), (acc,)
-    else:
-        ws_last, last = first_products(
-            w, scale, u0, hs, 2, G - 2, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, PRECISION
+    """The resident tiles of each chunk, and their product with the first h.
+
+    This product stands before the time loop: so tiles are read into registers here, one after the
+    other, since they pass through the same shared memory. The tiles that stay there come first,
+    while there are registers for their way; but not beside all of a wide h.
+    """
+    HALVES: tl.constexpr = 2 if G > 1 and not JOINED else 1
+    kept = ()
+    if not JOINED:
+        kept = load_shared(
+            w, scale, zero, u0, HALVES, G, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, False, PRECISION
         )
-        return (ws, ws_last), (acc, last)
+    ws = ()
+    acc = None
+    last = None
+    for i in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
+        tl.debug_barrier()
+        tile = load_half(
+            w, scale, u0, i, 0, HALVES, G, H, BLOCK_H, BLOCK_K, KS, MS, False, PRECISION
+        )
+        acc = product(tile, hs[i], acc, KS, MS, PRECISION)
+        tiles = (tile,)
+        if HALVES > 1:
+            tl.debug_barrier()
+            tile = load_half(
+                w, scale, u0, i, 2, HALVES, G, H, BLOCK_H, BLOCK_K, KS, MS, False, PRECISION
+            )
+            last = product(tile, hs[i], last, KS, MS, PRECISION)
+            tiles = tiles + (tile,)
+        if i < REGISTERS:
+            ws = ws + (tiles,)
+    if JOINED:
+        kept = load_shared(
+            w, None, zero, u0, HALVES, G, H, BLOCK_H, BLOCK_K, REGISTERS, KS, MS, False, PRECISION
+        )
+    halves = (acc,)
+    if HALVES > 1:
+        halves = (acc, last)
+    return ws + kept, halves
+
+
+@triton.jit
+def multiply_half(
+    ws, hs, once, half: tl.constexpr, REGISTERS: tl.constexpr, KS: tl.constexpr, MS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sum of a half's products of all chunks, of which the first REGISTERS are in registers.
+
+    once is 1 at run time. In a loop around their product, the compiler reads the other tiles where
+    they are used, from shared memory; else it would hold them in registers as well, and spill.
+    """
+    acc = None
+    for i in tl.static_range(REGISTERS):
+        acc = product(ws[i][half], hs[i], acc, KS, MS, PRECISION)
+    if len(ws) > REGISTERS:
+        if acc is None:
+            tile = ws[0][half][0]
+            ROWS: tl.constexpr = tile.shape[len(tile.shape) - 2]
+            B: tl.constexpr = hs[0].shape[1]
+            acc = tl.zeros((KS * MS, ROWS, B) if KS * MS > 1 else (ROWS, B), tl.float32)
+        for _ in range(once):
+            for i in tl.static_range(REGISTERS, len(ws)):
+                acc = product(ws[i][half], hs[i], acc, KS, MS, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -73,9 +125,9 @@ def multiply(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W h from resident weights."""
-    halves = (products(ws[0], hs, once, REGISTERS, KS, MS, PRECISION),)
+    halves = (multiply_half(ws, hs, once, 0, REGISTERS, KS, MS, PRECISION),)
     if G > 1:
-        halves = halves + (products(ws[1], hs, once, REGISTERS, KS, MS, PRECISION),)
+        halves = halves + (multiply_half(ws, hs, once, 1, REGISTERS, KS, MS, PRECISION),)
     return halves
 
 
@@ -92,7 +144,7 @@ def multiply_joined(
         if i < CHUNKS:
             hs = hs + (load_chunk(at, running, i, H),)
         if i >= AHEAD:
-            acc = product(ws[i - AHEAD], hs[i - AHEAD], acc, 1, 1, PRECISION)
+            acc = product(ws[i - AHEAD][0], hs[i - AHEAD], acc, 1, 1, PRECISION)
     return (acc,)
 
 
@@ -120,7 +172,7 @@ def multiply_in_group(
     if STREAM:
         return multiply_streamed(w, at, running, u0, G, H, BLOCK_H, BLOCK_K, PRECISION)
     elif JOINED:
-        return multiply_joined(ws[0], at, running, H, BLOCK_K, CHUNKS, PRECISION)
+        return multiply_joined(ws, at, running, H, BLOCK_K, CHUNKS, PRECISION)
     else:
         hs = load_h(at, running, H, BLOCK_K, CHUNKS, at.dtype.element_ty, PRECISION)
         return multiply(ws, hs, once, G, REGISTERS, KS, MS, PRECISION)

@@ -28,9 +28,9 @@ def load_weights(
     Reverse  [BLOCK_K, GATES * BLOCK_H], the transpose.
     KS * MS > 1 cuts columns and rows over a leading axis, one entry per warp (see `product`).
 
-    scale is 1.0 at run time. Behind it the tile is no longer the result of a load, and the compiler
-    keeps the registers across the time loop instead of reading shared memory in every step. None
-    for a tile that is to stay in shared memory, or passes through it; that one is not rounded yet.
+    scale is 1.0 at run time. Behind it the tile is no longer the result of a load, which the
+    compiler would rather repeat, or keep in another place than it is meant to have. None for a tile
+    that wgmma reads from shared memory, or that is streamed; that one is not rounded yet.
     """
     UNITS: tl.constexpr = BLOCK_H // MS
     ROWS: tl.constexpr = BLOCK_K // MS if TRANSPOSE else GATES * UNITS
@@ -71,7 +71,7 @@ def load_weights(
 
 @triton.jit
 def when_used(tile, PRECISION: tl.constexpr):
-    """A tile that stays in shared memory, or passes through it, as it is multiplied."""
+    """A streamed tile as it is multiplied."""
     if PRECISION == ROUNDED:
         return parts_of(tile[0], PRECISION)
     else:
@@ -79,76 +79,60 @@ def when_used(tile, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def products(
-    ws,
-    xs,
-    once,
-    REGISTERS: tl.constexpr,
-    KS: tl.constexpr,
-    MS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The sum of the products of all chunks, of which the first REGISTERS are in registers.
+def widen(w):
+    """A transposed operand [slices, rows, 8] in parts, with as many zeros beside its columns.
 
-    once is 1 at run time. In a loop around their product, the compiler reads the other tiles where
-    they are used, from shared memory; else it would hold them in registers as well, and spill.
+    mma multiplies 16 columns at least: more than 8 units of a single gate have.
     """
-    acc = None
-    for i in tl.static_range(REGISTERS):
-        acc = product(ws[i], xs[i], acc, KS, MS, PRECISION)
-    if len(ws) > REGISTERS:
-        if acc is None:
-            ROWS: tl.constexpr = ws[0][0].shape[len(ws[0][0].shape) - 2]
-            B: tl.constexpr = xs[0].shape[1]
-            acc = tl.zeros((KS * MS, ROWS, B) if KS * MS > 1 else (ROWS, B), tl.float32)
-        for _ in range(once):
-            for i in tl.static_range(REGISTERS, len(ws)):
-                acc = product(when_used(ws[i], PRECISION), xs[i], acc, KS, MS, PRECISION)
-    return acc
+    S: tl.constexpr = w[0].shape[0]
+    ROWS: tl.constexpr = w[0].shape[1]
+    wide = ()
+    for i in tl.static_range(len(w)):
+        both = tl.permute(tl.join(w[i], tl.zeros_like(w[i])), (0, 1, 3, 2))
+        wide = wide + (tl.reshape(both, (S, ROWS, 16)),)
+    return wide
 
 
 @triton.jit
-def first_products(
-    w,
-    scale,
-    u0,
-    xs,
-    FIRST: tl.constexpr,
-    GATES: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    REGISTERS: tl.constexpr,
-    KS: tl.constexpr,
-    MS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SLOTS: tl.constexpr = False,
-):
-    """The resident tiles of some gates, and their product with xs.
+def load_half(
+    w, scale, u0, chunk, FIRST: tl.constexpr, HALVES: tl.constexpr, G: tl.constexpr,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, KS: tl.constexpr,
+    MS: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of the half whose first gate is given, or of all of joined gates."""
+    GATES: tl.constexpr = 4 if HALVES == 1 and G > 1 else (2 if FIRST + 1 < G else 1)
+    SLOTS: tl.constexpr = GATES > G
+    tile = load_weights(
+        w, scale, u0, chunk, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, TRANSPOSE, PRECISION, SLOTS
+    )
+    if TRANSPOSE and GATES * BLOCK_H < 16:
+        tile = widen(tile)
+    return tile
 
-    This product stands before the time loop: so tiles are read into registers here, one after the
-    other, since they pass through the same shared memory. Of REGISTERS chunks they stay there; the
-    others are loaded once more, for the loop alone, which leaves them in shared memory.
+
+@triton.jit
+def load_shared(
+    w, scale, zero, u0, HALVES: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, REGISTERS: tl.constexpr, KS: tl.constexpr,
+    MS: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tiles beyond the first REGISTERS chunks, which stay in shared memory.
+
+    They are loaded for the time loop alone: a tile with one use is read where it is used. zero is 0
+    at run time; so no address waits in registers for the other load of the same tile.
     """
     ws = ()
-    acc = None
-    for i in tl.static_range(len(xs)):
-        if i * BLOCK_K < H:
+    for i in tl.static_range(REGISTERS, (H + BLOCK_K - 1) // BLOCK_K):
+        tiles = ()
+        for j in tl.static_range(HALVES):
             tl.debug_barrier()
-            tile = load_weights(
-                w, scale, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False, PRECISION, SLOTS
-            )
-            acc = product(tile, xs[i], acc, KS, MS, PRECISION)
-            if i < REGISTERS:
-                ws = ws + (tile,)
-    for i in tl.static_range(REGISTERS, len(xs)):
-        if i * BLOCK_K < H:
-            tl.debug_barrier()
-            tile = load_weights(
-                w, None, u0, i, FIRST, GATES, H, BLOCK_H, BLOCK_K, KS, MS, False, PRECISION, SLOTS
-            )
-            ws = ws + (tile,)
-    return ws, acc
+            tile = load_half(
+                w, scale, u0, i + zero, 2 * j, HALVES, G, H, BLOCK_H, BLOCK_K, KS, MS, TRANSPOSE,
+                PRECISION,
+            )  # fmt: skip
+            tiles = tiles + (tile,)
+        ws = ws + (tiles,)
+    return ws
 
 
 @triton.jit
@@ -178,20 +162,15 @@ def stream_product(
 
 
 @triton.jit
-def load_h(
-    at,
-    running,
-    H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    dtype: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """H of all units from a row of each sequence, in chunks [BLOCK_K, BLOCK_B] of a dtype.
+def load_chunks_at_once(
+    at, running, H: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
+    dtype: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Up to four chunks of h: one load that is then cut.
 
-    One load that is then cut: its latency counts once, and it crosses shared memory once.
+    Its latency counts once, and it crosses shared memory once.
     """
-    C: tl.constexpr = 1 if CHUNKS == 1 else (2 if CHUNKS == 2 else (4 if CHUNKS <= 4 else 8))
+    C: tl.constexpr = CHUNKS if CHUNKS <= 2 else 4
     k = tl.arange(0, C * BLOCK_K)[:, None]
     x = tl.load(at + k, mask=(k < H) & running, other=0.0, cache_modifier=".cg")
     x = to_tf32(x.to(dtype), PRECISION)
@@ -200,20 +179,29 @@ def load_h(
         chunks = (x,)
     elif C == 2:
         chunks = tl.split(tl.permute(tl.reshape(x, (2, BLOCK_K, B)), (1, 2, 0)))
-    elif C == 4:
+    else:
         even, odd = tl.split(tl.permute(tl.reshape(x, (2, 2, BLOCK_K, B)), (2, 3, 0, 1)))
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
         chunks = (x0, x1, x2, x3)
-    else:
-        even, odd = tl.split(tl.permute(tl.reshape(x, (2, 2, 2, BLOCK_K, B)), (3, 4, 0, 1, 2)))
-        x04, x26 = tl.split(even)
-        x15, x37 = tl.split(odd)
-        x0, x4 = tl.split(x04)
-        x1, x5 = tl.split(x15)
-        x2, x6 = tl.split(x26)
-        x3, x7 = tl.split(x37)
-        chunks = (x0, x1, x2, x3, x4, x5, x6, x7)
+    return chunks
+
+
+@triton.jit
+def load_h(
+    at, running, H: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
+    dtype: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """H of all units from a row of each sequence, in chunks [BLOCK_K, BLOCK_B] of a dtype.
+
+    Of more than four chunks the rest is another load: no registers for a power of two of them.
+    """
+    FIRST: tl.constexpr = CHUNKS if CHUNKS <= 4 else 4
+    chunks = load_chunks_at_once(at, running, H, BLOCK_K, FIRST, dtype, PRECISION)
+    if CHUNKS > 4:
+        chunks = chunks + load_chunks_at_once(
+            at + 4 * BLOCK_K, running, H - 4 * BLOCK_K, BLOCK_K, CHUNKS - 4, dtype, PRECISION
+        )
     return chunks
 
 

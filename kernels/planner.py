@@ -231,7 +231,7 @@ def _cooperative(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
 def _joined(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
     """A cooperative group with all gates in one tile of 128 rows, for wgmma.
 
-    Its weights are in registers and in shared memory, where wgmma reads them. Two tiles are in
+    Its weights are in registers and in shared memory, where wgmma reads them. Three tiles are in
     registers; more of them would leave the compiler too few, and only do so where they must.
     """
     H, itemsize = request.H, request.itemsize
@@ -249,7 +249,7 @@ def _joined(request: PlanRequest, limits: Limits) -> Iterator[Plan]:
         room = max(0, limits.registers - WORKING_JOINED - more) // tile_registers
         h = block_k * block_b * itemsize
         beyond = count - (limits.shared - 1024 - H_CHUNKS * h) // tile
-        chunks = min(count, room, max(2, beyond))
+        chunks = min(count, room, max(3, beyond))
         kept = (count - chunks) * tile
         shared = 1024 + max(kept + H_CHUNKS * h, tile + count * h)  # the latter before the loop
         weights = {count: "registers", 0: "shared"}.get(chunks, "registers and shared")

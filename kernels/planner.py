@@ -21,7 +21,6 @@ TILES = 14  # of its step in registers at once: slots, factors, states
 WORKING_JOINED = 127  # the same where no tile does, and h is read in pieces
 H_CHUNKS = 4  # of h in shared memory for wgmma, see `products.AHEAD`
 MOST_CHUNKS = 8  # of h in registers, see `weights.load_h`
-MOST_WORK = 1.35  # padded over needed, if a group can have less
 STAGES = 3  # tiles of streamed weights under way
 
 
@@ -45,7 +44,7 @@ def plans(request: PlanRequest, limits: Limits) -> list[Plan]:
         groups = [*_cooperative(request, limits), *_joined(request, limits)]
         if not fitting and not groups:
             groups = list(_streamed(request, limits))
-        fitting += [plan for plan in groups if plan.work <= MOST_WORK] or _least_work(groups)
+        fitting += groups
     if not fitting:
         if request.cell.whole:
             refusal += ", and its step takes all units of a head together, in one program"
@@ -59,11 +58,6 @@ def plans(request: PlanRequest, limits: Limits) -> list[Plan]:
 def make_plan(request: PlanRequest, limits: Limits) -> Plan:
     """The best of `plans`."""
     return plans(request, limits)[0]
-
-
-def _least_work(plans: list[Plan]) -> list[Plan]:
-    least = min((plan.work for plan in plans), default=0.0)
-    return [plan for plan in plans if plan.work == least]
 
 
 def _plan(request: PlanRequest, limits: Limits, **parts: Any) -> Plan:

@@ -145,6 +145,16 @@ def test_joined_gates(cell, tmp_path):
         check(row)
 
 
+def test_groups_that_pad(tmp_path):
+    """Four warps with wide chunks, most of the last one beyond H."""
+    args = "--target", "90", "--cell", "lstm", "--hidden", "130", "--dtype", "bf16", "tf32"
+    rows = static(tmp_path, *args, "--kernel", "forward", "reverse")
+    assert len(rows) == 4
+    for row in rows:
+        assert (row["programs"], row["warps"]) == (9, 4)
+        check(row)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["86", "100", "120"])
 def test_groups_elsewhere(target, tmp_path):

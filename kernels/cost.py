@@ -74,7 +74,8 @@ def step_cycles(request: PlanRequest, plan: Plan, limits: Limits) -> float:
     elif plan.joined:
         weights = 0.0
     else:
-        left = kept - 128 * plan.weight_registers * plan.warps
+        # Registers hold more than what is needed where slices of 8 units are padded to 16 rows.
+        left = max(0, kept - 128 * plan.weight_registers * plan.warps)
         weights = 2 * left / (SHARED_BYTES * plan.warps)
     return local + chain + hop + exchange + weights
 

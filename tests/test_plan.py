@@ -283,3 +283,10 @@ def test_joined_gates():
     for target in (80, 100):
         found = plans(plan_request("lstm", 1024, 2, 128), LIMITS[target])
         assert not any(plan.joined for plan in found)
+
+
+@pytest.mark.parametrize(("H", "block_h"), [(129, 16), (200, 16), (256, 16), (512, 8)])
+def test_slices_of_an_rnn_in_full_fp32(H, block_h):
+    """Weights padded to 16 rows cost no less than others: slices of 8 had been guessed too low."""
+    plan = all_plans("rnn_tanh", "fp32", H, 8, 1, GROUPS["90"])[0]
+    assert plan.block_h == block_h

@@ -58,7 +58,7 @@ def run_stack(module: RecurrentModule, call: StackCall) -> tuple[tuple[Tensor, .
     with nullcontext() if call.dtype is None else without_autocast(x.device):
         for number in range(module.num_layers):
             spec, inputs = describe_layer(module, call, number, x)
-            route = together = None
+            route = None
             if number == 0 and last > 0 and isinstance(spec.layout, TracedLayout):
                 if functional.traced_together(spec, inputs, module.backend, call.cells):
                     return _as_one_operator(module, call, (spec, inputs))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_rnn.engines import reference
 from fused_rnn.engines.triton.engine import TritonEngine
-from fused_rnn.engines.wavefront.backward import NO_GRADIENTS, backward
+from fused_rnn.engines.wavefront.backward import backward, top_down
 from fused_rnn.engines.wavefront.forward import forward
 from fused_rnn.engines.wavefront.stack import (
     SavedLayer,
@@ -213,20 +213,10 @@ class Stack:
     def _down(
         self, grads: OutputGrads, needs: Sequence[Needs], layer_backward: LayerBackward
     ) -> list[InputGrads]:
-        """From the top down, layer by layer."""
-        found = [NO_GRADIENTS] * len(self.calls)
+        """Layer by layer; the only one may have two directions, and c of all steps."""
         if len(self.calls) == 1:
             return [layer_backward(0, grads, needs[0])]
-        dout = grads.out
-        for n in range(len(self.calls) - 1, self.lowest - 1, -1):
-            states = [None if g is None else g[n : n + 1] for g in (grads.h_n, grads.c_n)]
-            need = needs[n]._replace(x=n > self.lowest or needs[n].x)
-            computed = layer_backward(n, OutputGrads(dout, *states), need)
-            dout = computed.x
-            if n > self.lowest and dout is not None:
-                dout = self.dropped(dout, n - 1)
-            found[n] = computed._replace(x=dout if n == 0 else None)
-        return found
+        return top_down(layer_backward, self.dropped, grads, needs)
 
     # ---- by place
 

@@ -71,23 +71,47 @@ def one_by_one(
     grads: OutputGrads,
     needs: Sequence[Needs],
 ) -> list[InputGrads]:
-    """The same by an engine's backward of each layer, from the top down."""
-    lowest = first_needed(needs)
-    found = [NO_GRADIENTS] * len(layers)
-    dout = grads.out
-    for n in range(len(layers) - 1, lowest - 1, -1):
+    """The same by an engine's backward of each layer."""
+
+    def of_engine(n: int, grad: OutputGrads, need: Needs) -> InputGrads:
         (spec, inputs), (x, out, gates, c_seq, _, operand) = layers[n], saved[n]
         assert x is not None
         assert out is not None
         if gates is not None:
             gates = gates.view(1, spec.layout.N, spec.hidden_size, -1)
+        kept = gates, c_seq, operand
+        return engine.backward(spec, inputs._replace(x=x), out, kept, grad, need)
+
+    def dropped(dout: Tensor, n: int) -> Tensor:
+        mask = saved[n].mask
+        return dout if mask is None else dout * mask * wave.scale
+
+    return top_down(of_engine, dropped, grads, needs)
+
+
+def top_down(
+    layer_backward: Callable[[int, OutputGrads, Needs], InputGrads],
+    dropped: Callable[[Tensor, int], Tensor],
+    grads: OutputGrads,
+    needs: Sequence[Needs],
+) -> list[InputGrads]:
+    """The gradients of a stack, layer by layer.
+
+    Args:
+        layer_backward: of a layer's number, the gradients of its outputs, and which are needed.
+        dropped: of the gradient behind dropout and the number of the layer before it.
+        grads: of out [N, H], h_n [L, B, H] and c_n [L, B, K * H].
+        needs: of each layer.
+    """
+    lowest, dout = first_needed(needs), grads.out
+    found = [NO_GRADIENTS] * len(needs)
+    for n in range(len(needs) - 1, lowest - 1, -1):
         states = [None if g is None else g[n : n + 1] for g in (grads.h_n, grads.c_n)]
         need = needs[n]._replace(x=n > lowest or needs[n].x)
-        kept, grad = (gates, c_seq, operand), OutputGrads(dout, *states)
-        computed = engine.backward(spec, inputs._replace(x=x), out, kept, grad, need)
+        computed = layer_backward(n, OutputGrads(dout, *states), need)
         dout = computed.x
-        if n > lowest and dout is not None and (mask := saved[n - 1].mask) is not None:
-            dout = dout * mask * wave.scale
+        if n > lowest and dout is not None:
+            dout = dropped(dout, n - 1)
         found[n] = computed._replace(x=dout if n == 0 else None)
     return found
 
